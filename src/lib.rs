@@ -1,0 +1,6 @@
+mod error;
+#[cfg(feature = "python")]
+mod python;
+pub mod slimming;
+
+pub use error::LapsError;

@@ -1,0 +1,24 @@
+//! One conversion from the library's error to Python's exceptions.
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::prelude::*;
+
+use crate::error::LapsError;
+
+impl From<LapsError> for PyErr {
+    fn from(error: LapsError) -> PyErr {
+        let name = match error {
+            LapsError::Shape { .. } | LapsError::Value { .. } => "LapsValueError",
+            LapsError::Type { .. } => "LapsTypeError",
+            LapsError::Interrupted { .. } => "LapsError",
+        };
+        let message = error.to_string();
+        Python::attach(|py| {
+            let class = py.import("laps.errors").and_then(|errors| errors.getattr(name));
+            match class.and_then(|class| class.call1((&message,))) {
+                Ok(exception) => PyErr::from_value(exception),
+                Err(_) => PyRuntimeError::new_err(message),
+            }
+        })
+    }
+}

@@ -1,0 +1,42 @@
+//! The extension module `laps._laps`: checks, converts, releases the GIL and calls; no algorithm here.
+
+mod dlpack;
+mod errors;
+mod gate;
+mod options;
+mod similarity;
+mod stages;
+mod tensors;
+
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::slimming::Level;
+
+/// Facts about this build: version, instruction set in use, and those that the processor offers.
+#[pyfunction]
+fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let info = PyDict::new(py);
+    info.set_item("version", env!("CARGO_PKG_VERSION"))?;
+    info.set_item("simd", Level::current().name())?;
+    let available: Vec<&str> = Level::available().into_iter().map(Level::name).collect();
+    info.set_item("simd_available", available)?;
+    info.set_item("features", ["python"])?;
+    Ok(info)
+}
+
+#[pymodule]
+mod _laps {
+    #[pymodule_export]
+    use super::build_info;
+    #[pymodule_export]
+    use super::options::SimilarityOptions;
+    #[pymodule_export]
+    use super::similarity::{similarity_backward, similarity_forward};
+    #[pymodule_export]
+    use super::stages::{align_patches_words, calibrate_patches, max_sim, select_patches, selection_scores};
+
+    #[pymodule_export]
+    #[allow(non_upper_case_globals)]
+    const __version__: &str = env!("CARGO_PKG_VERSION");
+}

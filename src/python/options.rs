@@ -1,0 +1,80 @@
+//! `laps._laps.SimilarityOptions`.
+
+use pyo3::prelude::*;
+
+use crate::error::LapsError;
+use crate::slimming::{Directions, Options, Sampling, Score};
+
+const OPERATION: &str = "SimilarityOptions";
+
+/// The settings of a similarity call, checked.
+#[pyclass(frozen, module = "laps._laps", name = "SimilarityOptions")]
+pub(super) struct SimilarityOptions(pub(super) Options);
+
+fn choose<V: Copy>(argument: &'static str, value: &str, choices: &[(&str, V)]) -> Result<V, LapsError> {
+    match choices.iter().find(|(name, _)| *name == value) {
+        Some((_, choice)) => Ok(*choice),
+        None => {
+            let names: Vec<&str> = choices.iter().map(|(name, _)| *name).collect();
+            Err(LapsError::value(OPERATION, argument, names.join(" | "), format!("{value:?}")))
+        }
+    }
+}
+
+pub(super) fn score(value: &str) -> Result<Score, LapsError> {
+    choose("score", value, &[("cosine", Score::Cosine), ("dot", Score::Dot)])
+}
+
+#[pymethods]
+impl SimilarityOptions {
+    #[new]
+    #[pyo3(signature = (*, selection_ratio, directions="both", direction_reduction="sum", negative_slope=0.1,
+        fusion=true, language_context=true, attention_weight=0.8, score="cosine", sampling="gumbel",
+        temperature=1.0, chunk=None))]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        selection_ratio: f64,
+        directions: &str,
+        direction_reduction: &str,
+        negative_slope: f64,
+        fusion: bool,
+        language_context: bool,
+        attention_weight: f64,
+        score: &str,
+        sampling: &str,
+        temperature: f64,
+        chunk: Option<i64>,
+    ) -> PyResult<Self> {
+        let directions = choose(
+            "directions",
+            directions,
+            &[
+                ("both", Directions::Both),
+                ("patch_to_word", Directions::PatchToWord),
+                ("word_to_patch", Directions::WordToPatch),
+            ],
+        )?;
+        let reductions = [("sum", false), ("mean", true)];
+        let sampling =
+            choose("sampling", sampling, &[("gumbel", Sampling::Gumbel), ("topk", Sampling::TopK)])?;
+        let options = Options {
+            selection_ratio,
+            directions,
+            mean_of_directions: choose("direction_reduction", direction_reduction, &reductions)?,
+            negative_slope,
+            fusion,
+            language_context,
+            attention_weight,
+            score: self::score(score)?,
+            sampling,
+            temperature,
+            chunk: chunk.map_or(Options::default().chunk, |bytes| usize::try_from(bytes).unwrap_or(0)),
+        };
+        options.check(OPERATION)?;
+        Ok(SimilarityOptions(options))
+    }
+
+    fn __repr__(&self) -> String {
+        format!("{:?}", self.0)
+    }
+}

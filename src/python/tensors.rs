@@ -1,0 +1,390 @@
+//! Tensors across the border, by DLPack.
+//!
+//! The exporter owns the memory. [`Tensor`] holds its reference from import to drop, on the thread that holds the GIL, and
+//! gives it back by the exporter's deleter; views borrow from the `Tensor`. Nothing is trusted: kind of device, element,
+//! rank, shape, strides, alignment and null data are checked before a slice exists.
+
+use std::borrow::Cow;
+use std::ffi::CStr;
+use std::ptr::NonNull;
+
+use ndarray::{Array, ArrayView, ArrayViewMut, Dimension};
+use pyo3::exceptions::{PyAttributeError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyCapsule, PyDict};
+
+use super::dlpack::{self, BFLOAT, BOOL, COMPLEX, FLOAT, INT, UINT};
+use crate::error::LapsError;
+
+const VERSIONED: &CStr = c"dltensor_versioned";
+const USED_VERSIONED: &CStr = c"used_dltensor_versioned";
+const UNVERSIONED: &CStr = c"dltensor";
+const USED_UNVERSIONED: &CStr = c"used_dltensor";
+const EXCHANGE: &CStr = c"dlpack_exchange_api";
+
+/// An element that arrays of this library have.
+pub(super) trait Element: Copy + Send + Sync + 'static {
+    const CODE: u8;
+    const NAME: &'static str;
+}
+
+impl Element for f32 {
+    const CODE: u8 = FLOAT;
+    const NAME: &'static str = "float32";
+}
+
+impl Element for f64 {
+    const CODE: u8 = FLOAT;
+    const NAME: &'static str = "float64";
+}
+
+impl Element for i64 {
+    const CODE: u8 = INT;
+    const NAME: &'static str = "int64";
+}
+
+impl Element for i16 {
+    const CODE: u8 = INT;
+    const NAME: &'static str = "int16";
+}
+
+impl Element for u8 {
+    const CODE: u8 = UINT;
+    const NAME: &'static str = "uint8";
+}
+
+enum Managed {
+    Versioned(NonNull<dlpack::ManagedTensorVersioned>),
+    Unversioned(NonNull<dlpack::ManagedTensor>),
+}
+
+/// An imported CPU tensor.
+pub(super) struct Tensor {
+    managed: Managed,
+    operation: &'static str,
+    argument: &'static str,
+}
+
+// SAFETY: the struct behind the pointer is only read, and its memory may be read from any thread; the binding functions
+// own every Tensor and lend it to the pool, so it is dropped on the thread that imported it.
+unsafe impl Send for Tensor {}
+unsafe impl Sync for Tensor {}
+
+impl Drop for Tensor {
+    fn drop(&mut self) {
+        // SAFETY: the pointer came from the exporter, is dropped once, and calling its deleter is how DLPack hands it back.
+        unsafe {
+            match self.managed {
+                Managed::Versioned(tensor) => {
+                    if let Some(delete) = tensor.as_ref().deleter {
+                        delete(tensor.as_ptr());
+                    }
+                }
+                Managed::Unversioned(tensor) => {
+                    if let Some(delete) = tensor.as_ref().deleter {
+                        delete(tensor.as_ptr());
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Tensor {
+    /// Imports `object`: by torch's C exchange API where its type has one, by `__dlpack__` otherwise.
+    pub(super) fn import(
+        object: &Bound<'_, PyAny>,
+        operation: &'static str,
+        argument: &'static str,
+    ) -> PyResult<Self> {
+        let managed = match exchange(object)? {
+            Some(managed) => managed,
+            None => export(object, operation, argument)?,
+        };
+        let tensor = Tensor { managed, operation, argument };
+        tensor.check()?;
+        Ok(tensor)
+    }
+
+    fn raw(&self) -> &dlpack::Tensor {
+        // SAFETY: valid until the deleter runs, in drop.
+        unsafe {
+            match &self.managed {
+                Managed::Versioned(tensor) => &tensor.as_ref().tensor,
+                Managed::Unversioned(tensor) => &tensor.as_ref().tensor,
+            }
+        }
+    }
+
+    fn read_only(&self) -> bool {
+        match &self.managed {
+            // SAFETY: as in `raw`.
+            Managed::Versioned(tensor) => unsafe { tensor.as_ref().flags & dlpack::READ_ONLY != 0 },
+            Managed::Unversioned(_) => false,
+        }
+    }
+
+    fn wrong_type(&self, expected: impl ToString, got: impl ToString) -> LapsError {
+        LapsError::type_(self.operation, self.argument, expected, got)
+    }
+
+    fn check(&self) -> Result<(), LapsError> {
+        let raw = self.raw();
+        if raw.device.kind != dlpack::CPU {
+            let got = format!("DLPack device type {}", raw.device.kind);
+            return Err(self.wrong_type("a CPU tensor", got));
+        }
+        if raw.ndim < 0 || (raw.ndim > 0 && raw.shape.is_null()) {
+            return Err(self.wrong_type("a shape", "none"));
+        }
+        let bytes = self.shape().iter().try_fold(raw.dtype.bits as usize / 8, |n, &d| n.checked_mul(d));
+        match bytes {
+            None => Err(self.wrong_type("a tensor that fits memory", format!("{:?}", self.shape()))),
+            Some(0) => Ok(()),
+            Some(_) if raw.data.is_null() => {
+                Err(self.wrong_type("a tensor with data", "one without (a FakeTensor?)"))
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    pub(super) fn shape(&self) -> Vec<usize> {
+        let raw = self.raw();
+        // SAFETY: a DLPack shape has ndim elements; for none it may be null.
+        let shape = match raw.ndim {
+            0 => &[][..],
+            n => unsafe { std::slice::from_raw_parts(raw.shape, n as usize) },
+        };
+        shape.iter().map(|&d| usize::try_from(d).unwrap_or(0)).collect()
+    }
+
+    /// The name of the element type, in NumPy's and torch's words.
+    pub(super) fn dtype(&self) -> String {
+        let dlpack::DataType { code, bits, lanes } = self.raw().dtype;
+        match (code, lanes) {
+            (BOOL, 1) => "bool".to_string(),
+            (INT, 1) => format!("int{bits}"),
+            (UINT, 1) => format!("uint{bits}"),
+            (FLOAT, 1) => format!("float{bits}"),
+            (BFLOAT, 1) => format!("bfloat{bits}"),
+            (COMPLEX, 1) => format!("complex{bits}"),
+            _ => format!("DLPack type {code}:{bits}x{lanes}"),
+        }
+    }
+
+    pub(super) fn is_bool(&self) -> bool {
+        let dtype = self.raw().dtype;
+        dtype.code == BOOL && dtype.bits == 8 && dtype.lanes == 1
+    }
+
+    fn strides(&self) -> Vec<isize> {
+        let raw = self.raw();
+        if raw.strides.is_null() || raw.ndim == 0 {
+            return contiguous(&self.shape());
+        }
+        // SAFETY: DLPack strides, where given, have ndim elements, in elements.
+        unsafe { std::slice::from_raw_parts(raw.strides, raw.ndim as usize) }
+            .iter()
+            .map(|&s| s as isize)
+            .collect()
+    }
+
+    /// First element; aligned or not.
+    fn data<E>(&self) -> *mut E {
+        let raw = self.raw();
+        raw.data.cast::<u8>().wrapping_add(raw.byte_offset as usize).cast()
+    }
+
+    fn expect<E: Element>(&self) -> Result<(), LapsError> {
+        let dtype = self.raw().dtype;
+        if (dtype.code, dtype.bits as usize, dtype.lanes) == (E::CODE, 8 * size_of::<E>(), 1) {
+            Ok(())
+        } else {
+            Err(self.wrong_type(E::NAME, self.dtype()))
+        }
+    }
+
+    fn dimension<D: Dimension>(&self) -> Result<D, LapsError> {
+        let shape = self.shape();
+        let rank = D::NDIM.expect("a fixed rank");
+        if shape.len() != rank {
+            let got = format!("rank {}, shape {shape:?}", shape.len());
+            return Err(LapsError::shape(self.operation, self.argument, format!("rank {rank}"), got));
+        }
+        let mut dimension = D::zeros(rank);
+        dimension.slice_mut().copy_from_slice(&shape);
+        Ok(dimension)
+    }
+
+    /// Whether its elements can be a slice as they stand.
+    fn is_slice<E>(&self) -> bool {
+        let shape = self.shape();
+        let expected = contiguous(&shape);
+        let in_order = self.strides().iter().zip(expected).zip(&shape).all(|((&s, e), &d)| s == e || d <= 1);
+        self.data::<E>().is_aligned() && in_order
+    }
+
+    /// Its elements in C order, copied only where they are strided or not aligned.
+    fn elements<E: Element>(&self) -> Cow<'_, [E]> {
+        let shape = self.shape();
+        let count: usize = shape.iter().product();
+        if count == 0 {
+            return Cow::Borrowed(&[]);
+        }
+        let data = self.data::<E>();
+        if self.is_slice::<E>() {
+            // SAFETY: not null (`check`), aligned, `count` elements in order, initialised by the exporter; it lives as long
+            // as self. Any bits are a value of E.
+            return Cow::Borrowed(unsafe { std::slice::from_raw_parts(data, count) });
+        }
+        let strides = self.strides();
+        let mut elements = Vec::with_capacity(count);
+        let mut index = vec![0usize; shape.len()];
+        for _ in 0..count {
+            let offset: isize = index.iter().zip(&strides).map(|(&i, &s)| i as isize * s).sum();
+            // SAFETY: the index is inside the shape, so the element is the exporter's.
+            elements.push(unsafe { data.offset(offset).read_unaligned() });
+            for axis in (0..shape.len()).rev() {
+                index[axis] += 1;
+                if index[axis] < shape[axis] {
+                    break;
+                }
+                index[axis] = 0;
+            }
+        }
+        Cow::Owned(elements)
+    }
+
+    /// Its values, of a given element type and rank.
+    pub(super) fn input<E: Element, D: Dimension>(&self) -> Result<Input<'_, E, D>, LapsError> {
+        self.expect::<E>()?;
+        Ok(Input { dimension: self.dimension()?, elements: self.elements() })
+    }
+
+    /// Its values as booleans.
+    pub(super) fn booleans<D: Dimension>(&self) -> Result<Array<bool, D>, LapsError> {
+        if !self.is_bool() {
+            return Err(self.wrong_type("bool", self.dtype()));
+        }
+        let elements = self.elements::<u8>().iter().map(|&b| b != 0).collect();
+        Ok(Array::from_shape_vec(self.dimension::<D>()?, elements)
+            .expect("as many elements as the shape says"))
+    }
+
+    /// Its memory, to be written: contiguous, aligned and writable.
+    pub(super) fn output<E: Element, D: Dimension>(&mut self) -> Result<ArrayViewMut<'_, E, D>, LapsError> {
+        self.expect::<E>()?;
+        let dimension = self.dimension::<D>()?;
+        if self.read_only() {
+            return Err(self.wrong_type("a writable tensor", "a read-only one"));
+        }
+        if dimension.size() == 0 {
+            return Ok(ArrayViewMut::from_shape(dimension, &mut []).expect("no elements"));
+        }
+        if !self.is_slice::<E>() {
+            return Err(self.wrong_type("a contiguous tensor", "a strided one"));
+        }
+        // SAFETY: as in `elements`; `&mut self` and the binding, which passes each output once, make it the only view.
+        let elements = unsafe { std::slice::from_raw_parts_mut(self.data::<E>(), dimension.size()) };
+        Ok(ArrayViewMut::from_shape(dimension, elements).expect("as many elements as the shape says"))
+    }
+
+    /// The range of its bytes, for overlap checks.
+    pub(super) fn span(&self) -> std::ops::Range<usize> {
+        let start = self.data::<u8>() as usize;
+        start..start + self.shape().iter().product::<usize>() * self.raw().dtype.bits as usize / 8
+    }
+
+    pub(super) fn argument(&self) -> &'static str {
+        self.argument
+    }
+}
+
+/// Values that live in the exporter's memory, or in a copy.
+pub(super) struct Input<'a, E: Element, D> {
+    dimension: D,
+    elements: Cow<'a, [E]>,
+}
+
+impl<E: Element, D: Dimension> Input<'_, E, D> {
+    pub(super) fn view(&self) -> ArrayView<'_, E, D> {
+        ArrayView::from_shape(self.dimension.clone(), &self.elements)
+            .expect("as many elements as the shape says")
+    }
+}
+
+fn contiguous(shape: &[usize]) -> Vec<isize> {
+    let mut strides = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis].max(1) as isize;
+    }
+    strides
+}
+
+/// Import by `type(object).__dlpack_c_exchange_api__`, if there is one (torch >= 2.10).
+fn exchange(object: &Bound<'_, PyAny>) -> PyResult<Option<Managed>> {
+    let Ok(capsule) = object.get_type().getattr("__dlpack_c_exchange_api__") else { return Ok(None) };
+    let Ok(capsule) = capsule.cast_into::<PyCapsule>() else { return Ok(None) };
+    let Ok(pointer) = capsule.pointer_checked(Some(EXCHANGE)) else { return Ok(None) };
+    let api = pointer.cast::<dlpack::ExchangeApi>();
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a capsule of this name holds an ExchangeApi that lives as long as its type; major version 1 fixes its layout.
+    // The function takes a borrowed object and sets a Python error when it returns anything but 0.
+    let status = unsafe {
+        let api = api.as_ref();
+        let Some(import) = api.managed_tensor_from_py_object.filter(|_| api.header.version.major == 1) else {
+            return Ok(None);
+        };
+        import(object.as_ptr().cast(), &mut out)
+    };
+    match NonNull::new(out) {
+        Some(tensor) if status == 0 => Ok(Some(Managed::Versioned(tensor))),
+        _ => Err(PyErr::fetch(object.py())),
+    }
+}
+
+/// Import by the method `__dlpack__`.
+fn export(object: &Bound<'_, PyAny>, operation: &'static str, argument: &'static str) -> PyResult<Managed> {
+    let py = object.py();
+    let options = PyDict::new(py);
+    options.set_item("max_version", (1, 0))?;
+    let capsule = match object.call_method("__dlpack__", (), Some(&options)) {
+        // Exporters older than DLPack 1.0 do not know the keyword.
+        Err(error) if error.is_instance_of::<PyTypeError>(py) => object.call_method0("__dlpack__"),
+        result => result,
+    };
+    let capsule = capsule.map_err(|error| {
+        if error.is_instance_of::<PyAttributeError>(py) {
+            let got = object.get_type().name().map_or_else(|_| "an object".to_string(), |n| n.to_string());
+            PyErr::from(LapsError::type_(operation, argument, "a tensor or array", got))
+        } else {
+            let got = format!("one that does not export by DLPack: {error}");
+            PyErr::from(LapsError::type_(operation, argument, "a tensor or array", got))
+        }
+    })?;
+    let capsule = capsule
+        .cast_into::<PyCapsule>()
+        .map_err(|_| LapsError::type_(operation, argument, "a DLPack capsule", "another object"))?;
+    // SAFETY: a capsule of one of these names holds such a struct; renaming it tells that we own the struct from now on.
+    unsafe {
+        if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
+            pyo3::ffi::PyCapsule_SetName(capsule.as_ptr(), USED_VERSIONED.as_ptr());
+            let managed = pointer.cast::<dlpack::ManagedTensorVersioned>();
+            if managed.as_ref().version.major != 1 {
+                // Another major version promises only the fields that its deletion needs.
+                if let Some(delete) = managed.as_ref().deleter {
+                    delete(managed.as_ptr());
+                }
+                return Err(
+                    LapsError::type_(operation, argument, "DLPack 1.x", "another major version").into()
+                );
+            }
+            return Ok(Managed::Versioned(managed));
+        }
+        if let Ok(pointer) = capsule.pointer_checked(Some(UNVERSIONED)) {
+            pyo3::ffi::PyCapsule_SetName(capsule.as_ptr(), USED_UNVERSIONED.as_ptr());
+            return Ok(Managed::Unversioned(pointer.cast()));
+        }
+    }
+    Err(LapsError::type_(operation, argument, "a fresh DLPack capsule", "a used one").into())
+}

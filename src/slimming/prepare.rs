@@ -1,0 +1,440 @@
+//! What does not depend on the pair: computed once per image and once per text (laps.md, identities 1 to 3).
+
+use ndarray::{ArrayView1, ArrayView2};
+use pulp::{Simd, WithSimd};
+use rayon::prelude::*;
+
+use super::options::{Options, PairInput, Score, Selection, Sizes};
+use super::real::{Real, lanes, padded};
+use super::simd::{Buffer, Level, Strided, combine, zeros};
+
+/// eps of the stable weights (laps.md, paper variant).
+pub(crate) const EPSILON: f64 = 1e-6;
+
+/// A sum this much shorter than its terms together is rounding noise, not a direction.
+pub(crate) const NOISE: f64 = 1e-12;
+
+/// How the lengths of aggregated tokens are computed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lengths {
+    /// `e^T G e` with G once per image: for many texts per image.
+    Gram,
+    /// The tokens themselves: for few texts per image, where G would not pay.
+    Direct,
+}
+
+impl Lengths {
+    /// G costs `N^2 C` per image; the tokens cost about `k N_c C` more per pair than `e^T G e` does.
+    pub(crate) fn for_texts_per_image(texts: usize) -> Self {
+        if texts >= 8 { Lengths::Gram } else { Lengths::Direct }
+    }
+}
+
+/// One image: rows scaled, scores and weights hoisted out of the pairs.
+pub(crate) struct PreparedImage<'a, T: Real> {
+    pub index: usize,
+    /// Whether all its input is finite; nothing else is computed when it is not.
+    pub finite: bool,
+    /// The patches times `scale`; then their mean (soft form only); then the unit prefix tokens. Stride `stride`.
+    pub rows: Buffer<T>,
+    pub stride: usize,
+    /// A power of two that brings the largest element near 1: no score depends on it, nothing overflows.
+    pub scale: T,
+    /// Lengths of the scaled patches (and their mean).
+    pub norms: Vec<T>,
+    /// Inverse raw lengths of the prefix tokens, 0 for a zero token.
+    pub prefix_inverse: Vec<T>,
+    /// The unit mean of the patches (score cosine), padded.
+    pub direction: Buffer<T>,
+    /// a_i, min-max scaled in the paper variant.
+    pub self_scores: Vec<T>,
+    /// What the product of a patch with a text's direction is multiplied with to give b_i.
+    pub text_factor: Vec<T>,
+    /// E = exp(l - max l), (N, N_c) of stride `weight_stride`; in the soft form a last row of eps for the mean.
+    pub weights: Buffer<T>,
+    pub weight_stride: usize,
+    pub logits: ArrayView2<'a, T>,
+    /// G = V V^T over patches (and their mean), stride `gram_stride`; empty unless [`Lengths::Gram`].
+    pub gram: Buffer<T>,
+    /// Stride of `gram` and of `panel`.
+    pub gram_stride: usize,
+    /// The patches (and their mean) transposed, (C, N).
+    panel: Buffer<T>,
+}
+
+/// One text.
+pub(crate) struct PreparedText<T: Real> {
+    pub index: usize,
+    pub length: usize,
+    pub finite: bool,
+    /// Unit words, (l, C) of the images' row stride.
+    pub rows: Buffer<T>,
+    /// The same, transposed: (C, l) of stride `lanes`, zeros beyond l.
+    pub panel: Buffer<T>,
+    pub lanes: usize,
+    /// Inverse raw lengths, 0 for a zero word.
+    pub inverse: Vec<T>,
+    /// The unit mean of the raw words (score cosine), or the mean over C (dot).
+    pub direction: Buffer<T>,
+}
+
+/// The exponent e for which `x * 2^-e` has its largest magnitude in [1, 2); 0 for all zeros.
+fn exponent<T: Real>(values: impl Iterator<Item = T>) -> i32 {
+    let largest = values.fold(T::zero(), |m, x| m.max(x.abs()));
+    if largest > T::zero() { largest.wide().log2().floor() as i32 } else { 0 }
+}
+
+fn power<T: Real>(exponent: i32) -> T {
+    // Beyond the exponent range of T, stay at its edge: such input only loses the scaling's help.
+    let edge = T::max_value().wide().log2().floor() as i32 - 2;
+    T::of(2f64.powi(exponent.clamp(-edge, edge)))
+}
+
+/// Writes `x / |x|` (0 for the zero vector) and returns `1 / |x|` (0 likewise). Safe for any finite magnitude.
+pub(crate) fn unit<T: Real>(x: impl Iterator<Item = T> + Clone, out: &mut [T]) -> T {
+    let e = exponent(x.clone());
+    let scale = power::<T>(-e);
+    let mut square = 0.0;
+    for (o, x) in out.iter_mut().zip(x) {
+        *o = x * scale;
+        square += o.wide() * o.wide();
+    }
+    if square == 0.0 {
+        return T::zero();
+    }
+    let inverse = T::of(1.0 / square.sqrt());
+    for o in out.iter_mut() {
+        *o *= inverse;
+    }
+    inverse * scale
+}
+
+/// The unit mean of rows given by their sum in f64 and the sum of their lengths; 0 where they cancel.
+fn unit_mean<T: Real>(sum: &[f64], reach: f64, out: &mut [T]) {
+    let length = sum.iter().map(|x| x * x).sum::<f64>().sqrt();
+    let inverse = if length > NOISE * reach { 1.0 / length } else { 0.0 };
+    out.iter_mut().zip(sum).for_each(|(o, &x)| *o = T::of(x * inverse));
+}
+
+/// Scales to [0, 1] over the slice; constants become 0.
+pub(crate) fn min_max<T: Real>(values: &mut [T]) {
+    let low = values.iter().fold(T::infinity(), |m, &x| m.min(x));
+    let high = values.iter().fold(T::neg_infinity(), |m, &x| m.max(x));
+    let range = high - low;
+    for x in values {
+        *x = if range > T::zero() { (*x - low) / range } else { T::zero() };
+    }
+}
+
+impl<T: Real> PreparedText<T> {
+    pub(crate) fn new(input: &PairInput<'_, T>, index: usize, options: &Options) -> Self {
+        let length = input.word_lengths[index] as usize;
+        let channels = input.words.dim().2;
+        let words = input.words.index_axis(ndarray::Axis(0), index);
+        let words = words.slice(ndarray::s![..length, ..]);
+        let (stride, lanes) = (padded::<T>(channels), padded::<T>(length));
+        let mut text = PreparedText {
+            index,
+            length,
+            finite: words.iter().all(|x| x.is_finite()),
+            rows: zeros(length * stride),
+            panel: zeros(stride * lanes),
+            lanes,
+            inverse: vec![T::zero(); length],
+            direction: zeros(stride),
+        };
+        if !text.finite {
+            return text;
+        }
+        let scale = power::<T>(-exponent(words.iter().copied()));
+        let (mut sum, mut reach) = (vec![0.0; channels], 0.0);
+        for (j, word) in words.rows().into_iter().enumerate() {
+            let row = &mut text.rows[j * stride..][..channels];
+            text.inverse[j] = unit(word.iter().copied(), row);
+            let mut square = 0.0;
+            for (c, (&x, &raw)) in row.iter().zip(word).enumerate() {
+                text.panel[c * lanes + j] = x;
+                let scaled = (raw * scale).wide();
+                sum[c] += scaled;
+                square += scaled * scaled;
+            }
+            reach += square.sqrt();
+        }
+        match options.score {
+            Score::Cosine => unit_mean(&sum, reach, &mut text.direction),
+            Score::Dot => {
+                let factor = 1.0 / (length as f64 * channels as f64 * scale.wide());
+                text.direction.iter_mut().zip(sum).for_each(|(d, x)| *d = T::of(x * factor));
+            }
+        }
+        text
+    }
+}
+
+impl<T: Real> PreparedText<T> {
+    /// A text of one zero word, for stages that need no text.
+    pub(crate) fn blank(channels: usize) -> Self {
+        let stride = padded::<T>(channels);
+        PreparedText {
+            index: 0,
+            length: 1,
+            finite: true,
+            rows: zeros(stride),
+            panel: zeros(stride * T::PAD),
+            lanes: T::PAD,
+            inverse: vec![T::zero()],
+            direction: zeros(stride),
+        }
+    }
+}
+
+impl<'a, T: Real> PreparedImage<'a, T> {
+    pub(crate) fn new(
+        input: &PairInput<'a, T>,
+        sizes: &Sizes,
+        index: usize,
+        options: &Options,
+        lengths: Lengths,
+    ) -> Self {
+        let Sizes { patches: n, prefix: p, channels, aggregated, .. } = *sizes;
+        let patches = input.patches.index_axis_move(ndarray::Axis(0), index);
+        let prefix = input.prefix.index_axis_move(ndarray::Axis(0), index);
+        let logits = input.logits.index_axis_move(ndarray::Axis(0), index);
+        let soft = input.selection.soft();
+        let summed = n + usize::from(soft);
+        let stride = padded::<T>(channels);
+        let keep_finite = match &input.selection {
+            Selection::KeepProbability { probability, .. } => {
+                probability.row(index).iter().all(|x| x.is_finite())
+            }
+            _ => true,
+        };
+        let finite =
+            keep_finite && patches.iter().chain(prefix.iter()).chain(logits.iter()).all(|x| x.is_finite());
+        let mut image = PreparedImage {
+            index,
+            finite,
+            rows: zeros(if finite { (summed + p) * stride } else { 0 }),
+            stride,
+            scale: power(-exponent(patches.iter().copied())),
+            norms: vec![T::zero(); summed],
+            prefix_inverse: vec![T::zero(); p],
+            direction: zeros(stride),
+            self_scores: vec![T::zero(); n],
+            text_factor: vec![T::zero(); n],
+            weights: Buffer::new(64),
+            weight_stride: padded::<T>(aggregated),
+            logits,
+            gram: Buffer::new(64),
+            gram_stride: padded::<T>(summed),
+            panel: Buffer::new(64),
+        };
+        if finite {
+            image.fill_rows(patches, prefix, soft);
+            image.fill_self_scores(n, channels, options, soft_scaled(&input.selection));
+            image.fill_weights(n, aggregated, soft);
+            image.fill_panel(summed, channels);
+            if lengths == Lengths::Gram {
+                Level::current().dispatch(FillGram { image: &mut image, summed, channels });
+            }
+        }
+        image
+    }
+
+    /// Frees what the gradient of the words does not need.
+    pub(crate) fn keep_rows_only(&mut self) {
+        self.gram = zeros(0);
+        self.panel = zeros(0);
+        self.weights = zeros(0);
+    }
+
+    fn fill_rows(&mut self, patches: ArrayView2<'_, T>, prefix: ArrayView2<'_, T>, soft: bool) {
+        let (n, channels) = patches.dim();
+        let (stride, scale) = (self.stride, self.scale);
+        let (mut mean, mut reach) = (vec![0.0; channels], 0.0);
+        for (i, patch) in patches.rows().into_iter().enumerate() {
+            let row = &mut self.rows[i * stride..][..channels];
+            let mut square = 0.0;
+            for ((r, m), &x) in row.iter_mut().zip(&mut mean).zip(patch) {
+                *r = x * scale;
+                *m += r.wide() / n as f64;
+                square += r.wide() * r.wide();
+            }
+            self.norms[i] = T::of(square.sqrt());
+            reach += square.sqrt() / n as f64;
+        }
+        unit_mean(&mean, reach, &mut self.direction);
+        let mut next = n * stride;
+        if soft {
+            self.rows[next..].iter_mut().zip(&mean).for_each(|(r, &m)| *r = T::of(m));
+            self.norms[n] = T::of(mean.iter().map(|m| m * m).sum::<f64>().sqrt());
+            next += stride;
+        }
+        for (inverse, token) in self.prefix_inverse.iter_mut().zip(prefix.rows()) {
+            *inverse = unit(token.iter().copied(), &mut self.rows[next..][..channels]);
+            next += stride;
+        }
+    }
+
+    fn fill_self_scores(&mut self, n: usize, channels: usize, options: &Options, scaled: bool) {
+        let mean_length = match options.score {
+            Score::Cosine => 1.0,
+            Score::Dot => {
+                let mean = mean_of_rows(&self.rows, n, self.stride, channels);
+                mean.iter().map(|m| m * m).sum::<f64>().sqrt()
+            }
+        };
+        for i in 0..n {
+            let row = &self.rows[i * self.stride..][..channels];
+            // In f64: the fused token of opposed patches amplifies errors of the scores.
+            let product: f64 = row.iter().zip(&self.direction[..]).map(|(x, d)| x.wide() * d.wide()).sum();
+            let (a, factor) = match options.score {
+                Score::Cosine if self.norms[i] == T::zero() => (0.0, 0.0),
+                Score::Cosine => (product / self.norms[i].wide(), 1.0 / self.norms[i].wide()),
+                Score::Dot => {
+                    let unscale = 1.0 / self.scale.wide();
+                    (product * mean_length * unscale * unscale / channels as f64, unscale)
+                }
+            };
+            self.self_scores[i] = T::of(a);
+            self.text_factor[i] = T::of(factor);
+        }
+        if scaled {
+            min_max(&mut self.self_scores);
+        }
+    }
+
+    fn fill_weights(&mut self, n: usize, aggregated: usize, soft: bool) {
+        let stride = self.weight_stride;
+        self.weights = zeros((n + usize::from(soft)) * stride);
+        let mut highest = vec![T::neg_infinity(); aggregated];
+        for row in self.logits.rows() {
+            highest.iter_mut().zip(row).for_each(|(h, &l)| *h = h.max(l));
+        }
+        for (i, row) in self.logits.rows().into_iter().enumerate() {
+            for ((w, &l), &h) in self.weights[i * stride..].iter_mut().zip(row).zip(&highest) {
+                *w = (l - h).exp();
+            }
+        }
+        if soft {
+            self.weights[n * stride..][..aggregated].fill(T::of(EPSILON));
+        }
+    }
+
+    fn fill_panel(&mut self, summed: usize, channels: usize) {
+        let (stride, panel_stride) = (self.stride, self.gram_stride);
+        self.panel = zeros(channels * panel_stride);
+        // Tile by tile, so that neither side of the transposition leaves the cache.
+        const TILE: usize = 16;
+        for first in (0..summed).step_by(TILE) {
+            for start in (0..channels).step_by(TILE) {
+                for i in first..(first + TILE).min(summed) {
+                    for c in start..(start + TILE).min(channels) {
+                        self.panel[c * panel_stride + i] = self.rows[i * stride + c];
+                    }
+                }
+            }
+        }
+    }
+
+    /// b_i of every text whose direction is a row of `directions`: (texts, N) of stride `gram_stride`.
+    #[inline(always)]
+    pub(crate) fn text_scores<S: Simd>(&self, simd: S, directions: &[T]) -> Buffer<T> {
+        let n = self.self_scores.len();
+        let texts = directions.len() / self.stride;
+        let steps =
+            Strided { count: self.panel.len() / self.gram_stride, coefficient: 1, row: self.gram_stride };
+        let mut out = zeros::<T>(texts * self.gram_stride);
+        // SAFETY: directions has a row of at least C elements per text, the panel C rows of `gram_stride`, `out` a row of
+        // that per text.
+        unsafe {
+            let (from, to) = (directions.as_ptr(), out.as_mut_ptr());
+            let from: Vec<*const T> = (0..texts).map(|t| from.add(t * self.stride)).collect();
+            let to: Vec<*mut T> = (0..texts).map(|t| to.add(t * self.gram_stride)).collect();
+            let width = n.next_multiple_of(lanes::<S, T>());
+            combine(simd, &from, self.panel.as_ptr(), steps, &to, width, false);
+        }
+        for row in out.chunks_exact_mut(self.gram_stride) {
+            row.iter_mut().zip(&self.text_factor).for_each(|(b, &f)| *b *= f);
+        }
+        out
+    }
+}
+
+/// G = V V^T: the lower triangle in panels, then its mirror.
+struct FillGram<'a, 'i, T: Real> {
+    image: &'a mut PreparedImage<'i, T>,
+    summed: usize,
+    channels: usize,
+}
+
+impl<T: Real> WithSimd for FillGram<'_, '_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let FillGram { image, summed, channels } = self;
+        let (stride, gram_stride) = (image.stride, image.gram_stride);
+        image.gram = zeros(summed * gram_stride);
+        let steps = Strided { count: channels, coefficient: 1, row: gram_stride };
+        const ROWS: usize = 24;
+        for start in (0..summed).step_by(ROWS) {
+            let end = (start + ROWS).min(summed);
+            // SAFETY: rows start..end have C elements, the panel C rows of `gram_stride`, G a row of that per patch.
+            unsafe {
+                let (from, to) = (image.rows.as_ptr(), image.gram.as_mut_ptr());
+                let from: Vec<*const T> = (start..end).map(|i| from.add(i * stride)).collect();
+                let to: Vec<*mut T> = (start..end).map(|i| to.add(i * gram_stride)).collect();
+                let width = end.next_multiple_of(lanes::<S, T>());
+                combine(simd, &from, image.panel.as_ptr(), steps, &to, width, false);
+            }
+        }
+        for i in 0..summed {
+            for j in 0..i {
+                image.gram[j * gram_stride + i] = image.gram[i * gram_stride + j];
+            }
+        }
+    }
+}
+
+/// Whether scores are min-max scaled: the paper variant's.
+pub(crate) fn soft_scaled<T>(selection: &Selection<'_, T>) -> bool {
+    matches!(selection, Selection::KeepProbability { .. })
+}
+
+fn mean_of_rows<T: Real>(rows: &[T], n: usize, stride: usize, channels: usize) -> Vec<f64> {
+    let mut mean = vec![0.0; channels];
+    for row in rows.chunks(stride).take(n) {
+        mean.iter_mut().zip(row).for_each(|(m, x)| *m += x.wide() / n as f64);
+    }
+    mean
+}
+
+/// A block of texts, prepared in parallel, with their directions as one matrix for [`PreparedImage::text_scores`].
+pub(crate) struct TextBlock<T: Real> {
+    pub texts: Vec<PreparedText<T>>,
+    pub directions: Buffer<T>,
+}
+
+impl<T: Real> TextBlock<T> {
+    pub(crate) fn new(input: &PairInput<'_, T>, range: std::ops::Range<usize>, options: &Options) -> Self {
+        let texts: Vec<_> = range.into_par_iter().map(|t| PreparedText::new(input, t, options)).collect();
+        let stride = padded::<T>(input.words.dim().2);
+        let mut directions = zeros(texts.len() * stride);
+        for (text, row) in texts.iter().zip(directions.chunks_exact_mut(stride)) {
+            row.copy_from_slice(&text.direction);
+        }
+        TextBlock { texts, directions }
+    }
+
+    /// Bytes per word of a prepared text, for the memory budget.
+    pub(crate) fn bytes_per_word(channels: usize) -> usize {
+        // Rows, and a panel that may be padded to twice the words.
+        3 * padded::<T>(channels) * size_of::<T>()
+    }
+}
+
+/// Lengths of `word_lengths` as a slice of sizes.
+pub(crate) fn longest(word_lengths: ArrayView1<'_, i64>) -> usize {
+    word_lengths.iter().copied().max().unwrap_or(0) as usize
+}
