@@ -1,0 +1,22 @@
+"""The exceptions of laps.
+
+Every message reads ``operation: argument rule-broken (expected X, got Y)``, for example
+``similarity: words has C=768, but patches has C=512 (expected equal)``. The Rust core raises the same
+classes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["LapsError", "LapsTypeError", "LapsValueError"]
+
+
+class LapsError(Exception):
+    """Base of everything that laps raises on purpose."""
+
+
+class LapsValueError(LapsError, ValueError):
+    """An argument has the right type but a shape, a device or a value that the operation cannot take."""
+
+
+class LapsTypeError(LapsError, TypeError):
+    """An argument has the wrong type or dtype."""

@@ -1,0 +1,604 @@
+"""The LAPS head and its stages as modules. Sizes and symbols as in :mod:`laps.functional`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.amp.autocast_mode import is_autocast_available
+
+from . import _check
+from . import functional as F
+from .errors import LapsTypeError, LapsValueError
+
+__all__ = ["LAPSHead", "PatchCalibration", "PatchScore", "PatchSelection", "PatchWordAlignment"]
+
+VARIANTS = ("released", "paper")
+SELECTIONS = ("text", "image", "none")
+
+
+class PatchScore(nn.Module):
+    """The score net of the paper variant: the probability that a patch is worth keeping, whatever the
+    caption.
+
+    p = softmax(Linear(GELU(Linear(LayerNorm(v)))))_0, with C/4 hidden units and two outputs: keep, drop.
+
+    Args:
+        embed_dim: C, >= 1.
+
+    Source: section LPS, paper variant.
+
+    Example:
+        >>> import laps, torch
+        >>> laps.nn.PatchScore(64)(torch.randn(2, 49, 64)).shape
+        torch.Size([2, 49])
+    """
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.embed_dim = _check.count("PatchScore", "embed_dim", embed_dim)
+        hidden = max(1, self.embed_dim // 4)
+        self.norm = nn.LayerNorm(self.embed_dim)
+        self.fc1 = nn.Linear(self.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, 2)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Patches (B_v, N, C), floating, to keep probabilities (B_v, N) in [0, 1]."""
+        hidden = nn.functional.gelu(self.fc1(self.norm(patches)))
+        keep_prob: Tensor = self.fc2(hidden).softmax(dim=-1)[..., 0]
+        return keep_prob
+
+
+class PatchSelection(nn.Module):
+    """The patches of each image that matter for each caption; see :func:`laps.functional.select_patches`.
+
+    Args:
+        selection_ratio: share of patches to keep, in (0, 1].
+        language_context: whether the caption takes part.
+        score: ``"cosine"`` or ``"dot"``.
+        backend: ``"auto"``, ``"torch"`` or ``"native"``.
+
+    Raises:
+        LapsValueError, LapsTypeError: an argument out of its range.
+
+    Source: section LPS, released variant.
+
+    Example:
+        >>> import laps, torch
+        >>> laps.nn.PatchSelection(0.5)(torch.randn(2, 49, 64), torch.randn(3, 12, 64), [12, 7, 5]).shape
+        torch.Size([2, 3, 25])
+    """
+
+    def __init__(
+        self,
+        selection_ratio: float = 0.5,
+        *,
+        language_context: bool = True,
+        score: str = "cosine",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        operation = "PatchSelection"
+        self.selection_ratio = _check.number(
+            operation, "selection_ratio", selection_ratio, 0.0, 1.0, open_low=True
+        )
+        self.language_context = _check.flag(operation, "language_context", language_context)
+        self.score = _check.choice(operation, "score", score, F.SCORES)
+        self.backend = _check_backend(operation, backend)
+
+    def forward(self, patches: Tensor, words: Tensor, word_lengths: F.Lengths) -> Tensor:
+        """Patches (B_v, N, C), words (B_t, L, C), lengths (B_t,) to ascending indices (B_v, B_t, k)."""
+        return F.select_patches(
+            patches,
+            words,
+            word_lengths,
+            self.selection_ratio,
+            language_context=self.language_context,
+            score=self.score,
+            backend=self.backend,
+        )
+
+    def scores(self, patches: Tensor, words: Tensor, word_lengths: F.Lengths) -> Tensor:
+        """The significance (B_v, B_t, N) behind the choice, without gradient."""
+        return F.selection_scores(
+            patches,
+            words,
+            word_lengths,
+            language_context=self.language_context,
+            score=self.score,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in ("selection_ratio", "language_context", "score")
+        )
+
+
+class PatchCalibration(nn.Module):
+    """The aggregation network, and the calibrated tokens that its logits give.
+
+    logits = scale * Linear(GELU(Linear(LayerNorm(v)))), with max(1, int(0.2 C)) hidden units and N_c outputs.
+    They do not depend on the caption, so there is one row per patch and not one per pair (identity 1).
+
+    Args:
+        embed_dim: C, >= 1.
+        num_tokens: N_c, >= 1.
+        fusion: whether dropped patches form a fused token.
+        backend: ``"auto"``, ``"torch"`` or ``"native"``.
+
+    Raises:
+        LapsValueError, LapsTypeError: an argument out of its range.
+
+    Source: section SPC.
+
+    Example:
+        >>> import laps, torch
+        >>> calibration, v, s = laps.nn.PatchCalibration(64, 9), torch.randn(2, 49, 64), torch.randn(2, 3, 49)
+        >>> calibration(v, s > 0, s)[0].shape
+        torch.Size([2, 3, 10, 64])
+    """
+
+    def __init__(
+        self, embed_dim: int, num_tokens: int, *, fusion: bool = True, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        operation = "PatchCalibration"
+        self.embed_dim = _check.count(operation, "embed_dim", embed_dim)
+        self.num_tokens = _check.count(operation, "num_tokens", num_tokens)
+        self.fusion = _check.flag(operation, "fusion", fusion)
+        self.backend = _check_backend(operation, backend)
+        hidden = max(1, int(0.2 * self.embed_dim))
+        self.norm = nn.LayerNorm(self.embed_dim)
+        self.fc1 = nn.Linear(self.embed_dim, hidden)
+        self.fc2 = nn.Linear(hidden, self.num_tokens)
+        # Three axes because published checkpoints have them.
+        self.scale = nn.Parameter(torch.ones(1, 1, 1))
+
+    def logits(self, patches: Tensor) -> Tensor:
+        """Patches (B_v, N, C), floating, to aggregation logits (B_v, N, N_c)."""
+        logits: Tensor = self.scale * self.fc2(nn.functional.gelu(self.fc1(self.norm(patches))))
+        return logits
+
+    def forward(
+        self, patches: Tensor, mask: Tensor, scores: Tensor, *, prefix: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Calibrated tokens and their counts; see :func:`laps.functional.calibrate_patches`.
+
+        Args:
+            patches: (B_v, N, C), floating.
+            mask: (B_v, B_t, N), bool or floating in [0, 1].
+            scores: (B_v, B_t, N), floating.
+            prefix: (B_v, P, C) or None.
+
+        Returns:
+            Tokens (B_v, B_t, P + N_c + 1, C), one less without fusion, and counts (B_v, B_t), int64.
+        """
+        return F.calibrate_patches(
+            patches,
+            self.logits(patches),
+            mask,
+            scores,
+            prefix=prefix,
+            fusion=self.fusion,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, num_tokens={self.num_tokens}, fusion={self.fusion}"
+
+
+class PatchWordAlignment(nn.Module):
+    """Alignment of calibrated tokens with words; see :func:`laps.functional.align_patches_words`.
+
+    Args:
+        directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
+        direction_reduction: ``"sum"`` or ``"mean"`` of the two.
+        negative_slope: slope of the leaky ReLU, >= 0; 1.0 switches it off.
+        backend: ``"auto"``, ``"torch"`` or ``"native"``.
+
+    Raises:
+        LapsValueError, LapsTypeError: an argument out of its range.
+
+    Source: section SPA.
+
+    Example:
+        >>> import laps, torch
+        >>> tokens, words = torch.randn(2, 3, 10, 64), torch.randn(3, 12, 64)
+        >>> laps.nn.PatchWordAlignment()(tokens, words, [12, 7, 5])[0].shape
+        torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        *,
+        directions: str = "both",
+        direction_reduction: str = "sum",
+        negative_slope: float = 0.1,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        operation = "PatchWordAlignment"
+        self.directions = _check.choice(operation, "directions", directions, F.DIRECTIONS)
+        self.direction_reduction = _check.choice(
+            operation, "direction_reduction", direction_reduction, F.DIRECTION_REDUCTIONS
+        )
+        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0)
+        self.backend = _check_backend(operation, backend)
+
+    def forward(
+        self, tokens: Tensor, words: Tensor, word_lengths: F.Lengths, *, token_counts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B_v, B_t, M, C), words (B_t, L, C) to scores (B_v, B_t) and alignment (B_v, B_t, M, L)."""
+        return F.align_patches_words(
+            tokens,
+            words,
+            word_lengths,
+            token_counts=token_counts,
+            directions=self.directions,
+            direction_reduction=self.direction_reduction,
+            negative_slope=self.negative_slope,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"directions={self.directions!r}, direction_reduction={self.direction_reduction!r}, "
+            f"negative_slope={self.negative_slope}"
+        )
+
+
+class LAPSHead(nn.Module):
+    """Scores of all images against all captions from their patch and word features: the published head,
+    trainable.
+
+    ``variant="released"`` computes what the published code computes: selection by cosine to the image and the
+    text, leaky ReLU 0.1. ``variant="paper"`` is what the text describes and the code leaves out: a score net
+    joins the selection, whose Gumbel-softmax sampling passes gradient to it in training; no leaky ReLU. In
+    training its noise is drawn from torch's default CPU generator (so ``torch.manual_seed`` repeats it); in
+    eval mode there is none.
+
+    The rows of the paper's Table 4 about selection, fusion and direction, each as one argument:
+
+    =============================================  ===========================================
+    without patch selection (keep all)             ``selection="none"``
+    without language context                       ``selection="image"`` (paper: (1-beta) p + beta a),
+                                                   or ``variant="paper", attention_weight=0`` (p alone)
+    only attentive scores                          ``variant="paper", attention_weight=1``
+    without redundant fusion                       ``fusion=False``
+    only patch-to-word, only word-to-patch         ``directions="patch_to_word"``, ``"word_to_patch"``
+    =============================================  ===========================================
+
+    Args:
+        embed_dim: C, the size of both kinds of tokens.
+        num_patches: N, the number of spatial patches.
+        selection_ratio: rho, share of patches kept, in (0, 1].
+        aggregation_ratio: lambda, in (0, 1]: N_c = int(N * lambda * rho) aggregated tokens, which must be at
+            least 1.
+        variant: ``"released"`` or ``"paper"``.
+        num_prefix_tokens: P, the tokens before the patches: 1 for ViT and CLIP ([CLS]), 0 for Swin, more with
+            registers.
+        directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
+        direction_reduction: ``"sum"`` or ``"mean"`` of the two directions; scores lie within [-2, 2] or [-1,
+            1].
+        negative_slope: slope of the leaky ReLU, >= 0; 1.0 is no leaky ReLU. None: 0.1 released, 1.0 paper.
+        selection: what patches are selected by: ``"text"`` (image and text), ``"image"`` (the image alone),
+            ``"none"`` (all are kept, N_c unchanged, no fused token, no score net).
+        fusion: whether dropped patches form the fused token.
+        attention_weight: beta, weight of the attentive scores against the score net's, in [0, 1]; paper
+            variant.
+        score: ``"cosine"``, or ``"dot"`` as equation 2 prints.
+        sampling: ``"gumbel"`` or ``"topk"`` (keeps the budget exactly); paper variant in training.
+        temperature: of the Gumbel softmax, > 0.
+        chunk: scratch memory of a call in bytes; None for 64 MiB.
+        backend: ``"auto"``, ``"torch"`` or ``"native"``.
+
+    Parameters in the state dict: ``aggregation.scale``, ``aggregation.norm.*``, ``aggregation.fc1.*``,
+    ``aggregation.fc2.*``; the paper variant adds ``score.norm.*``, ``score.fc1.*``, ``score.fc2.*``.
+
+    Raises:
+        LapsValueError, LapsTypeError: an argument out of its range; N_c < 1.
+
+    Source: Fu et al., Linguistic-Aware Patch Slimming Framework for Fine-grained Cross-Modal Alignment (CVPR
+    2024).
+
+    Example:
+        >>> import laps, torch
+        >>> head = laps.nn.LAPSHead(embed_dim=64, num_patches=49)
+        >>> head(torch.randn(2, 1 + 49, 64), torch.randn(3, 12, 64), torch.tensor([12, 7, 5])).shape
+        torch.Size([2, 3])
+    """
+
+    score: PatchScore | None
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_patches: int,
+        selection_ratio: float = 0.5,
+        aggregation_ratio: float = 0.4,
+        *,
+        variant: str = "released",
+        num_prefix_tokens: int = 1,
+        directions: str = "both",
+        direction_reduction: str = "sum",
+        negative_slope: float | None = None,
+        selection: str = "text",
+        fusion: bool = True,
+        attention_weight: float = 0.8,
+        score: str = "cosine",
+        sampling: str = "gumbel",
+        temperature: float = 1.0,
+        chunk: int | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        operation = "LAPSHead"
+        self.embed_dim = _check.count(operation, "embed_dim", embed_dim)
+        self.num_patches = _check.count(operation, "num_patches", num_patches)
+        self.selection_ratio = _check.number(
+            operation, "selection_ratio", selection_ratio, 0.0, 1.0, open_low=True
+        )
+        self.aggregation_ratio = _check.number(
+            operation, "aggregation_ratio", aggregation_ratio, 0.0, 1.0, open_low=True
+        )
+        self.variant = _check.choice(operation, "variant", variant, VARIANTS)
+        self.num_prefix_tokens = _check.count(operation, "num_prefix_tokens", num_prefix_tokens, 0)
+        self.directions = _check.choice(operation, "directions", directions, F.DIRECTIONS)
+        self.direction_reduction = _check.choice(
+            operation, "direction_reduction", direction_reduction, F.DIRECTION_REDUCTIONS
+        )
+        if negative_slope is None:
+            negative_slope = 1.0 if self.variant == "paper" else 0.1
+        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0)
+        self.selection = _check.choice(operation, "selection", selection, SELECTIONS)
+        self.attention_weight = _check.number(operation, "attention_weight", attention_weight, 0.0, 1.0)
+        self.selection_score = _check.choice(operation, "score", score, F.SCORES)
+        self.sampling = _check.choice(operation, "sampling", sampling, F.SAMPLINGS)
+        self.temperature = _check.number(operation, "temperature", temperature, 0.0, open_low=True)
+        self.chunk = None if chunk is None else _check.count(operation, "chunk", chunk)
+        self.backend = _check_backend(operation, backend)
+
+        # The order of this product is part of the definition: another one rounds to another N_c.
+        num_tokens = int(self.num_patches * self.aggregation_ratio * self.selection_ratio)
+        if num_tokens < 1:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    "num_patches * aggregation_ratio * selection_ratio leaves no aggregated token",
+                    "N_c >= 1",
+                    f"int({num_patches} * {aggregation_ratio} * {selection_ratio}) = {num_tokens}",
+                )
+            )
+        self.aggregation = PatchCalibration(self.embed_dim, num_tokens, fusion=fusion, backend=backend)
+        # Without selection the score net would have no gradient, which DDP refuses.
+        scored = self.variant == "paper" and self.selection != "none"
+        self.score = PatchScore(self.embed_dim) if scored else None
+
+    @property
+    def num_tokens(self) -> int:
+        """N_c, the number of aggregated tokens."""
+        return self.aggregation.num_tokens
+
+    @property
+    def num_kept(self) -> int:
+        """k, the number of patches kept (on average, where they are sampled without a budget)."""
+        return (
+            self.num_patches
+            if self.selection == "none"
+            else math.ceil(self.num_patches * self.selection_ratio)
+        )
+
+    @overload
+    def forward(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores of every image with every caption.
+
+        Args:
+            image_tokens: (B_v, P + N, C), prefix tokens first, floating.
+            word_tokens: (B_t, L, C), floating; rows past a caption's length may hold anything.
+            word_lengths: (B_t,) integers in 1..L, on the CPU (a list will do).
+            return_kept_fraction: also return the share of patches kept per pair, for
+                :func:`laps.losses.ratio_loss`.
+
+        Returns:
+            Scores (B_v, B_t), images as rows, and with `return_kept_fraction` the pair (scores, kept
+            fraction): float64 for float64 tokens, else float32, under autocast too.
+
+        Raises:
+            LapsValueError: a wrong number of tokens, a wrong C, and all of
+            :func:`laps.functional.similarity`. LapsTypeError: a wrong dtype.
+        """
+        result: Tensor | tuple[Tensor, Tensor] = F.similarity(
+            **self._arguments(image_tokens, word_tokens, word_lengths, return_kept_fraction)
+        )
+        return result
+
+    @overload
+    def pairwise(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: Literal[False] = ...,
+    ) -> Tensor: ...
+    @overload
+    def pairwise(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: Literal[True],
+    ) -> tuple[Tensor, Tensor]: ...
+    def pairwise(
+        self,
+        image_tokens: Tensor,
+        word_tokens: Tensor,
+        word_lengths: F.Lengths,
+        *,
+        return_kept_fraction: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Scores (B,) of image i with caption i, the diagonal of `forward`; same arguments and errors."""
+        result: Tensor | tuple[Tensor, Tensor] = F.similarity_pairwise(
+            **self._arguments(image_tokens, word_tokens, word_lengths, return_kept_fraction)
+        )
+        return result
+
+    def keep_probability(self, image_tokens: Tensor) -> Tensor:
+        """The score net's opinion alone, to log: it is known to be unstable.
+
+        Args:
+            image_tokens: (B_v, P + N, C), prefix tokens first, floating.
+
+        Returns:
+            Keep probabilities (B_v, N) in [0, 1].
+
+        Raises:
+            LapsValueError: a wrong number of tokens, a wrong C, or a head without a score net.
+            LapsTypeError: a wrong dtype.
+        """
+        if self.score is None:
+            raise LapsValueError(
+                _check.message(
+                    "LAPSHead.keep_probability",
+                    "variant has no score net",
+                    'variant="paper" and a selection',
+                    f"variant={self.variant!r}, selection={self.selection!r}",
+                )
+            )
+        return self._keep_prob(self._split(image_tokens)[1])
+
+    def extra_repr(self) -> str:
+        names = ["embed_dim", "num_patches", "selection_ratio", "aggregation_ratio", "variant"]
+        names += ["num_prefix_tokens", "directions", "direction_reduction", "negative_slope", "selection"]
+        if self.score is not None:
+            names += ["attention_weight", "sampling", "temperature"]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    def _keep_prob(self, patches: Tensor) -> Tensor:
+        assert self.score is not None
+        keep_prob: Tensor = self.score(patches)
+        return keep_prob
+
+    def _arguments(
+        self, image_tokens: Tensor, words: Tensor, word_lengths: F.Lengths, return_kept_fraction: bool
+    ) -> dict[str, Any]:
+        """What `forward` and `pairwise` pass on alike; draws the seed."""
+        prefix, patches = self._split(image_tokens)
+        sampled = self.score is not None and self.training
+        return {
+            "patches": patches,
+            "words": words,
+            "word_lengths": word_lengths,
+            "logits": self.aggregation.logits(patches),
+            "prefix": prefix,
+            "selection_ratio": 1.0 if self.selection == "none" else self.selection_ratio,
+            "keep_prob": None if self.score is None else self._keep_prob(patches),
+            # A tensor and not a number: torch.compile would break the graph, and recompile for every seed.
+            "seed": torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if sampled else None,
+            "directions": self.directions,
+            "direction_reduction": self.direction_reduction,
+            "negative_slope": self.negative_slope,
+            "fusion": self.aggregation.fusion,
+            "language_context": self.selection == "text",
+            "attention_weight": self.attention_weight,
+            "score": self.selection_score,
+            "sampling": self.sampling,
+            "temperature": self.temperature,
+            "return_kept_fraction": return_kept_fraction,
+            "chunk": self.chunk,
+            "backend": self.backend,
+        }
+
+    def _split(self, image_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Prefix tokens (B_v, P, C), or None where P = 0, and patches (B_v, N, C)."""
+        operation, p, n, c = "LAPSHead", self.num_prefix_tokens, self.num_patches, self.embed_dim
+        if not isinstance(image_tokens, Tensor):
+            raise LapsTypeError(
+                _check.message(
+                    operation, "image_tokens is no tensor", "torch.Tensor", _check.name_of(image_tokens)
+                )
+            )
+        shape = tuple(image_tokens.shape)
+        if len(shape) != 3:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    "image_tokens has the wrong rank",
+                    "3: (B_v, P + N, C)",
+                    f"{len(shape)}: {shape}",
+                )
+            )
+        if shape[1] != p + n:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"image_tokens has {shape[1]} tokens per image",
+                    f"{p} prefix tokens + {n} patches = {p + n}",
+                    shape[1],
+                )
+            )
+        if shape[2] != c:
+            raise LapsValueError(
+                _check.message(operation, f"image_tokens has C={shape[2]}", f"embed_dim={c}", shape[2])
+            )
+        weight = self.aggregation.fc1.weight
+        if image_tokens.device != weight.device:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"image_tokens is on {image_tokens.device}, but the head is on {weight.device}",
+                    "the same device",
+                )
+            )
+        if image_tokens.dtype != weight.dtype and not _autocast(image_tokens):
+            raise LapsTypeError(
+                _check.message(
+                    operation,
+                    f"image_tokens has dtype {_check.name_of(image_tokens.dtype)}, "
+                    f"but the head has dtype {_check.name_of(weight.dtype)}",
+                    "equal, or torch.autocast",
+                )
+            )
+        return image_tokens[:, :p] if p else None, image_tokens[:, p:]
+
+
+def _autocast(tensor: Tensor) -> bool:
+    """Whether autocast will bring this tensor and the weights to one dtype."""
+    device = tensor.device.type
+    return (
+        tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+    )
+
+
+def _check_backend(operation: str, backend: str | None) -> str | None:
+    return None if backend is None else _check.choice(operation, "backend", backend, F.BACKENDS)
