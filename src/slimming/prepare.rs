@@ -92,20 +92,14 @@ fn power<T: Real>(exponent: i32) -> T {
 
 /// Writes `x / |x|` (0 for the zero vector) and returns `1 / |x|` (0 likewise). Safe for any finite magnitude.
 pub(crate) fn unit<T: Real>(x: impl Iterator<Item = T> + Clone, out: &mut [T]) -> T {
-    let e = exponent(x.clone());
-    let scale = power::<T>(-e);
-    let mut square = 0.0;
-    for (o, x) in out.iter_mut().zip(x) {
-        *o = x * scale;
-        square += o.wide() * o.wide();
-    }
+    let scale = power::<T>(-exponent(x.clone()));
+    out.iter_mut().zip(x).for_each(|(o, x)| *o = x * scale);
+    let square = wide_dot(out, out);
     if square == 0.0 {
         return T::zero();
     }
     let inverse = T::of(1.0 / square.sqrt());
-    for o in out.iter_mut() {
-        *o *= inverse;
-    }
+    out.iter_mut().for_each(|o| *o *= inverse);
     inverse * scale
 }
 
@@ -151,14 +145,13 @@ impl<T: Real> PreparedText<T> {
         for (j, word) in words.rows().into_iter().enumerate() {
             let row = &mut text.rows[j * stride..][..channels];
             text.inverse[j] = unit(word.iter().copied(), row);
-            let mut square = 0.0;
             for (c, (&x, &raw)) in row.iter().zip(word).enumerate() {
                 text.panel[c * lanes + j] = x;
-                let scaled = (raw * scale).wide();
-                sum[c] += scaled;
-                square += scaled * scaled;
+                sum[c] += (raw * scale).wide();
             }
-            reach += square.sqrt();
+            if text.inverse[j] > T::zero() {
+                reach += (scale / text.inverse[j]).wide();
+            }
         }
         match options.score {
             Score::Cosine => unit_mean(&sum, reach, &mut text.direction),
@@ -188,8 +181,61 @@ impl<T: Real> PreparedText<T> {
     }
 }
 
+/// `sum_i a[i] * b[i]` in f64, eight sums side by side so that it runs as vectors.
+#[inline(always)]
+fn wide_dot<T: Real>(a: &[T], b: &[T]) -> f64 {
+    let mut sums = [0.0; 8];
+    let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
+    let rest: f64 = a.remainder().iter().zip(b.remainder()).map(|(x, y)| x.wide() * y.wide()).sum();
+    for (a, b) in a.zip(b) {
+        for (sum, (x, y)) in sums.iter_mut().zip(a.iter().zip(b)) {
+            *sum += x.wide() * y.wide();
+        }
+    }
+    sums.iter().sum::<f64>() + rest
+}
+
+/// Whether all values are finite; contiguous ones without a branch for each.
+#[inline(always)]
+fn all_finite<T: Real>(values: ArrayView2<'_, T>) -> bool {
+    match values.as_slice() {
+        Some(values) => values.iter().fold(true, |all, x| all & x.is_finite()),
+        None => values.iter().all(|x| x.is_finite()),
+    }
+}
+
+struct Prepare<'a, 'b, T: Real> {
+    input: &'b PairInput<'a, T>,
+    sizes: &'b Sizes,
+    index: usize,
+    options: &'b Options,
+    lengths: Lengths,
+}
+
+impl<'a, T: Real> WithSimd for Prepare<'a, '_, T> {
+    type Output = PreparedImage<'a, T>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> PreparedImage<'a, T> {
+        let Prepare { input, sizes, index, options, lengths } = self;
+        PreparedImage::prepare(simd, input, sizes, index, options, lengths)
+    }
+}
+
 impl<'a, T: Real> PreparedImage<'a, T> {
     pub(crate) fn new(
+        input: &PairInput<'a, T>,
+        sizes: &Sizes,
+        index: usize,
+        options: &Options,
+        lengths: Lengths,
+    ) -> Self {
+        Level::current().dispatch(Prepare { input, sizes, index, options, lengths })
+    }
+
+    #[inline(always)]
+    fn prepare<S: Simd>(
+        simd: S,
         input: &PairInput<'a, T>,
         sizes: &Sizes,
         index: usize,
@@ -209,8 +255,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             }
             _ => true,
         };
-        let finite =
-            keep_finite && patches.iter().chain(prefix.iter()).chain(logits.iter()).all(|x| x.is_finite());
+        let finite = keep_finite && [patches, prefix, logits].into_iter().all(all_finite);
         let mut image = PreparedImage {
             index,
             finite,
@@ -235,7 +280,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             image.fill_weights(n, aggregated, soft);
             image.fill_panel(summed, channels);
             if lengths == Lengths::Gram {
-                Level::current().dispatch(FillGram { image: &mut image, summed, channels });
+                image.fill_gram(simd, summed, channels);
             }
         }
         image
@@ -248,20 +293,20 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         self.weights = zeros(0);
     }
 
+    #[inline(always)]
     fn fill_rows(&mut self, patches: ArrayView2<'_, T>, prefix: ArrayView2<'_, T>, soft: bool) {
         let (n, channels) = patches.dim();
-        let (stride, scale) = (self.stride, self.scale);
+        let (stride, scale, share) = (self.stride, self.scale, 1.0 / n as f64);
         let (mut mean, mut reach) = (vec![0.0; channels], 0.0);
         for (i, patch) in patches.rows().into_iter().enumerate() {
             let row = &mut self.rows[i * stride..][..channels];
-            let mut square = 0.0;
             for ((r, m), &x) in row.iter_mut().zip(&mut mean).zip(patch) {
                 *r = x * scale;
-                *m += r.wide() / n as f64;
-                square += r.wide() * r.wide();
+                *m += r.wide() * share;
             }
-            self.norms[i] = T::of(square.sqrt());
-            reach += square.sqrt() / n as f64;
+            let norm = wide_dot(row, row).sqrt();
+            self.norms[i] = T::of(norm);
+            reach += norm * share;
         }
         unit_mean(&mean, reach, &mut self.direction);
         let mut next = n * stride;
@@ -276,6 +321,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         }
     }
 
+    #[inline(always)]
     fn fill_self_scores(&mut self, n: usize, channels: usize, options: &Options, scaled: bool) {
         let mean_length = match options.score {
             Score::Cosine => 1.0,
@@ -287,7 +333,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         for i in 0..n {
             let row = &self.rows[i * self.stride..][..channels];
             // In f64: the fused token of opposed patches amplifies errors of the scores.
-            let product: f64 = row.iter().zip(&self.direction[..]).map(|(x, d)| x.wide() * d.wide()).sum();
+            let product = wide_dot(row, &self.direction[..channels]);
             let (a, factor) = match options.score {
                 Score::Cosine if self.norms[i] == T::zero() => (0.0, 0.0),
                 Score::Cosine => (product / self.norms[i].wide(), 1.0 / self.norms[i].wide()),
@@ -304,6 +350,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         }
     }
 
+    #[inline(always)]
     fn fill_weights(&mut self, n: usize, aggregated: usize, soft: bool) {
         let stride = self.weight_stride;
         self.weights = zeros((n + usize::from(soft)) * stride);
@@ -321,6 +368,32 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         }
     }
 
+    /// G = V V^T: the lower triangle in panels, then its mirror.
+    #[inline(always)]
+    fn fill_gram<S: Simd>(&mut self, simd: S, summed: usize, channels: usize) {
+        let (stride, gram_stride) = (self.stride, self.gram_stride);
+        self.gram = zeros(summed * gram_stride);
+        let steps = Strided { count: channels, coefficient: 1, row: gram_stride };
+        const ROWS: usize = 24;
+        for start in (0..summed).step_by(ROWS) {
+            let end = (start + ROWS).min(summed);
+            // SAFETY: rows start..end have C elements, the panel C rows of `gram_stride`, G a row of that per patch.
+            unsafe {
+                let (from, to) = (self.rows.as_ptr(), self.gram.as_mut_ptr());
+                let from: Vec<*const T> = (start..end).map(|i| from.add(i * stride)).collect();
+                let to: Vec<*mut T> = (start..end).map(|i| to.add(i * gram_stride)).collect();
+                let width = end.next_multiple_of(lanes::<S, T>());
+                combine(simd, &from, self.panel.as_ptr(), steps, &to, width, false);
+            }
+        }
+        for i in 0..summed {
+            for j in 0..i {
+                self.gram[j * gram_stride + i] = self.gram[i * gram_stride + j];
+            }
+        }
+    }
+
+    #[inline(always)]
     fn fill_panel(&mut self, summed: usize, channels: usize) {
         let (stride, panel_stride) = (self.stride, self.gram_stride);
         self.panel = zeros(channels * panel_stride);
@@ -358,42 +431,6 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             row.iter_mut().zip(&self.text_factor).for_each(|(b, &f)| *b *= f);
         }
         out
-    }
-}
-
-/// G = V V^T: the lower triangle in panels, then its mirror.
-struct FillGram<'a, 'i, T: Real> {
-    image: &'a mut PreparedImage<'i, T>,
-    summed: usize,
-    channels: usize,
-}
-
-impl<T: Real> WithSimd for FillGram<'_, '_, T> {
-    type Output = ();
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) {
-        let FillGram { image, summed, channels } = self;
-        let (stride, gram_stride) = (image.stride, image.gram_stride);
-        image.gram = zeros(summed * gram_stride);
-        let steps = Strided { count: channels, coefficient: 1, row: gram_stride };
-        const ROWS: usize = 24;
-        for start in (0..summed).step_by(ROWS) {
-            let end = (start + ROWS).min(summed);
-            // SAFETY: rows start..end have C elements, the panel C rows of `gram_stride`, G a row of that per patch.
-            unsafe {
-                let (from, to) = (image.rows.as_ptr(), image.gram.as_mut_ptr());
-                let from: Vec<*const T> = (start..end).map(|i| from.add(i * stride)).collect();
-                let to: Vec<*mut T> = (start..end).map(|i| to.add(i * gram_stride)).collect();
-                let width = end.next_multiple_of(lanes::<S, T>());
-                combine(simd, &from, image.panel.as_ptr(), steps, &to, width, false);
-            }
-        }
-        for i in 0..summed {
-            for j in 0..i {
-                image.gram[j * gram_stride + i] = image.gram[i * gram_stride + j];
-            }
-        }
     }
 }
 
