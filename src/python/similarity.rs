@@ -180,12 +180,8 @@ where
     let argument = out.argument();
     let mut view = out.output::<E, ndarray::Dim<[usize; N]>>()?;
     if view.shape() != shape {
-        return Err(LapsError::shape(
-            operation,
-            argument,
-            format!("{shape:?}"),
-            format!("{:?}", view.shape()),
-        ));
+        let got = slimming::shape(view.shape());
+        return Err(LapsError::shape(operation, argument, slimming::shape(&shape), got));
     }
     view.iter_mut().zip(from).for_each(|(o, x)| *o = x);
     Ok(())

@@ -39,7 +39,7 @@ pub(super) fn max_sim(
         let scores = slimming::max_sim(patches.view(), words.view(), lengths.input::<i64, Ix1>()?.view())?;
         let mut out = out.output::<T, Ix2>()?;
         if out.dim() != scores.dim() {
-            let (expected, got) = (format!("{:?}", scores.shape()), format!("{:?}", out.shape()));
+            let (expected, got) = (slimming::shape(scores.shape()), slimming::shape(out.shape()));
             return Err(LapsError::shape(operation, "out_scores", expected, got));
         }
         out.assign(&scores);

@@ -15,6 +15,7 @@ use pyo3::types::{PyCapsule, PyDict};
 
 use super::dlpack::{self, BFLOAT, BOOL, COMPLEX, FLOAT, INT, UINT};
 use crate::error::LapsError;
+use crate::slimming;
 
 const VERSIONED: &CStr = c"dltensor_versioned";
 const USED_VERSIONED: &CStr = c"used_dltensor_versioned";
@@ -97,9 +98,10 @@ impl Tensor {
         operation: &'static str,
         argument: &'static str,
     ) -> PyResult<Self> {
-        let managed = match exchange(object)? {
+        let exchanged = exchange(object).map_err(|error| refused(object, operation, argument, error))?;
+        let managed = match exchanged {
             Some(managed) => managed,
-            None => export(object, operation, argument)?,
+            None => export(object).map_err(|error| refused(object, operation, argument, error))?,
         };
         let tensor = Tensor { managed, operation, argument };
         tensor.check()?;
@@ -208,7 +210,7 @@ impl Tensor {
         let shape = self.shape();
         let rank = D::NDIM.expect("a fixed rank");
         if shape.len() != rank {
-            let got = format!("rank {}, shape {shape:?}", shape.len());
+            let got = slimming::shape(&shape);
             return Err(LapsError::shape(self.operation, self.argument, format!("rank {rank}"), got));
         }
         let mut dimension = D::zeros(rank);
@@ -291,8 +293,18 @@ impl Tensor {
 
     /// The range of its bytes, for overlap checks.
     pub(super) fn span(&self) -> std::ops::Range<usize> {
+        let shape = self.shape();
         let start = self.data::<u8>() as usize;
-        start..start + self.shape().iter().product::<usize>() * self.raw().dtype.bits as usize / 8
+        if shape.contains(&0) {
+            return start..start;
+        }
+        let bytes = self.raw().dtype.bits as usize / 8;
+        let (mut below, mut above) = (0, 0);
+        for (&d, s) in shape.iter().zip(self.strides()) {
+            let reach = (d - 1) * s.unsigned_abs() * bytes;
+            if s < 0 { below += reach } else { above += reach }
+        }
+        start.saturating_sub(below)..start.saturating_add(above + bytes)
     }
 
     pub(super) fn argument(&self) -> &'static str {
@@ -343,8 +355,25 @@ fn exchange(object: &Bound<'_, PyAny>) -> PyResult<Option<Managed>> {
     }
 }
 
+/// An exporter's refusal as an error of ours: by type for what is no tensor, by its first line for a tensor.
+fn refused(
+    object: &Bound<'_, PyAny>,
+    operation: &'static str,
+    argument: &'static str,
+    error: PyErr,
+) -> PyErr {
+    let py = object.py();
+    let got = if error.is_instance_of::<PyAttributeError>(py) {
+        object.get_type().name().map_or_else(|_| "an object".to_string(), |name| name.to_string())
+    } else {
+        let message = error.value(py).to_string();
+        format!("one that cannot be exported: {}", message.lines().next().unwrap_or_default())
+    };
+    LapsError::type_(operation, argument, "a CPU tensor or array", got).into()
+}
+
 /// Import by the method `__dlpack__`.
-fn export(object: &Bound<'_, PyAny>, operation: &'static str, argument: &'static str) -> PyResult<Managed> {
+fn export(object: &Bound<'_, PyAny>) -> PyResult<Managed> {
     let py = object.py();
     let options = PyDict::new(py);
     options.set_item("max_version", (1, 0))?;
@@ -352,19 +381,9 @@ fn export(object: &Bound<'_, PyAny>, operation: &'static str, argument: &'static
         // Exporters older than DLPack 1.0 do not know the keyword.
         Err(error) if error.is_instance_of::<PyTypeError>(py) => object.call_method0("__dlpack__"),
         result => result,
-    };
-    let capsule = capsule.map_err(|error| {
-        if error.is_instance_of::<PyAttributeError>(py) {
-            let got = object.get_type().name().map_or_else(|_| "an object".to_string(), |n| n.to_string());
-            PyErr::from(LapsError::type_(operation, argument, "a tensor or array", got))
-        } else {
-            let got = format!("one that does not export by DLPack: {error}");
-            PyErr::from(LapsError::type_(operation, argument, "a tensor or array", got))
-        }
-    })?;
-    let capsule = capsule
-        .cast_into::<PyCapsule>()
-        .map_err(|_| LapsError::type_(operation, argument, "a DLPack capsule", "another object"))?;
+    }?;
+    let capsule =
+        capsule.cast_into::<PyCapsule>().map_err(|_| PyTypeError::new_err("__dlpack__ gave no capsule"))?;
     // SAFETY: a capsule of one of these names holds such a struct; renaming it tells that we own the struct from now on.
     unsafe {
         if let Ok(pointer) = capsule.pointer_checked(Some(VERSIONED)) {
@@ -375,9 +394,7 @@ fn export(object: &Bound<'_, PyAny>, operation: &'static str, argument: &'static
                 if let Some(delete) = managed.as_ref().deleter {
                     delete(managed.as_ptr());
                 }
-                return Err(
-                    LapsError::type_(operation, argument, "DLPack 1.x", "another major version").into()
-                );
+                return Err(PyTypeError::new_err("its DLPack is not of version 1"));
             }
             return Ok(Managed::Versioned(managed));
         }
@@ -386,5 +403,5 @@ fn export(object: &Bound<'_, PyAny>, operation: &'static str, argument: &'static
             return Ok(Managed::Unversioned(pointer.cast()));
         }
     }
-    Err(LapsError::type_(operation, argument, "a fresh DLPack capsule", "a used one").into())
+    Err(PyTypeError::new_err("its DLPack capsule is already used"))
 }
