@@ -4,11 +4,10 @@
 //! gives it back by the exporter's deleter; views borrow from the `Tensor`. Nothing is trusted: kind of device, element,
 //! rank, shape, strides, alignment and null data are checked before a slice exists.
 
-use std::borrow::Cow;
 use std::ffi::CStr;
 use std::ptr::NonNull;
 
-use ndarray::{Array, ArrayView, ArrayViewMut, Dimension};
+use ndarray::{Array, ArrayView, ArrayViewMut, CowArray, Dimension, IntoDimension, ShapeBuilder};
 use pyo3::exceptions::{PyAttributeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::{PyCapsule, PyDict};
@@ -226,41 +225,34 @@ impl Tensor {
         self.data::<E>().is_aligned() && in_order
     }
 
-    /// Its elements in C order, copied only where they are strided or not aligned.
-    fn elements<E: Element>(&self) -> Cow<'_, [E]> {
-        let shape = self.shape();
-        let count: usize = shape.iter().product();
-        if count == 0 {
-            return Cow::Borrowed(&[]);
+    /// Its elements where they are, strided as they are; copied if they are not aligned or run backwards.
+    fn elements<E: Element, D: Dimension>(&self) -> Result<CowArray<'_, E, D>, LapsError> {
+        let dimension = self.dimension::<D>()?;
+        if dimension.size() == 0 {
+            return Ok(Array::from_shape_vec(dimension, Vec::new()).expect("no elements").into());
         }
-        let data = self.data::<E>();
-        if self.is_slice::<E>() {
-            // SAFETY: not null (`check`), aligned, `count` elements in order, initialised by the exporter; it lives as long
-            // as self. Any bits are a value of E.
-            return Cow::Borrowed(unsafe { std::slice::from_raw_parts(data, count) });
+        let (data, strides) = (self.data::<E>(), self.strides());
+        if data.is_aligned() && strides.iter().all(|&s| s >= 0) {
+            let mut steps = D::zeros(strides.len());
+            steps.slice_mut().iter_mut().zip(&strides).for_each(|(step, &s)| *step = s as usize);
+            // SAFETY: not null (`check`) and aligned; shape and strides are the exporter's, so every index is one of its
+            // initialised elements; they live as long as self and are only read. Any bits are a value of E.
+            let view = unsafe { ArrayView::from_shape_ptr(dimension.strides(steps), data) };
+            return Ok(view.into());
         }
-        let strides = self.strides();
-        let mut elements = Vec::with_capacity(count);
-        let mut index = vec![0usize; shape.len()];
-        for _ in 0..count {
-            let offset: isize = index.iter().zip(&strides).map(|(&i, &s)| i as isize * s).sum();
+        let array = Array::from_shape_fn(dimension, |index| {
+            let index = index.into_dimension();
+            let offset: isize = index.slice().iter().zip(&strides).map(|(&i, &s)| i as isize * s).sum();
             // SAFETY: the index is inside the shape, so the element is the exporter's.
-            elements.push(unsafe { data.offset(offset).read_unaligned() });
-            for axis in (0..shape.len()).rev() {
-                index[axis] += 1;
-                if index[axis] < shape[axis] {
-                    break;
-                }
-                index[axis] = 0;
-            }
-        }
-        Cow::Owned(elements)
+            unsafe { data.offset(offset).read_unaligned() }
+        });
+        Ok(array.into())
     }
 
     /// Its values, of a given element type and rank.
-    pub(super) fn input<E: Element, D: Dimension>(&self) -> Result<Input<'_, E, D>, LapsError> {
+    pub(super) fn input<E: Element, D: Dimension>(&self) -> Result<CowArray<'_, E, D>, LapsError> {
         self.expect::<E>()?;
-        Ok(Input { dimension: self.dimension()?, elements: self.elements() })
+        self.elements()
     }
 
     /// Its values as booleans.
@@ -268,9 +260,7 @@ impl Tensor {
         if !self.is_bool() {
             return Err(self.wrong_type("bool", self.dtype()));
         }
-        let elements = self.elements::<u8>().iter().map(|&b| b != 0).collect();
-        Ok(Array::from_shape_vec(self.dimension::<D>()?, elements)
-            .expect("as many elements as the shape says"))
+        Ok(self.elements::<u8, D>()?.mapv(|b| b != 0))
     }
 
     /// Its memory, to be written: contiguous, aligned and writable.
@@ -309,19 +299,6 @@ impl Tensor {
 
     pub(super) fn argument(&self) -> &'static str {
         self.argument
-    }
-}
-
-/// Values that live in the exporter's memory, or in a copy.
-pub(super) struct Input<'a, E: Element, D> {
-    dimension: D,
-    elements: Cow<'a, [E]>,
-}
-
-impl<E: Element, D: Dimension> Input<'_, E, D> {
-    pub(super) fn view(&self) -> ArrayView<'_, E, D> {
-        ArrayView::from_shape(self.dimension.clone(), &self.elements)
-            .expect("as many elements as the shape says")
     }
 }
 

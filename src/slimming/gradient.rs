@@ -407,9 +407,8 @@ impl<T: Real> ImageTask<'_, '_, T> {
                 PairRecord::Poisoned
             } else {
                 let text_scores = &text_scores[p * image.gram_stride..][..sizes.patches];
-                let bits = self.saved.selection.slice(ndarray::s![at.0, at.1, ..]);
-                let bits = bits.as_slice().expect("contiguous");
-                scratch.pair.decision.decide(image, text_scores, &selection, self.options, Some(bits));
+                let bits = self.saved.selection.slice(ndarray::s![at.0, at.1, ..]).to_vec();
+                scratch.pair.decision.decide(image, text_scores, &selection, self.options, Some(&bits));
                 self.pair(simd, text, at, (grad_score, grad_fraction), out, &mut sums, scratch)
             });
         }

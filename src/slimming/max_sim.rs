@@ -11,8 +11,9 @@ use crate::error::LapsError;
 
 /// `S = sum_{j <= l} max_i v_i . w_j` for every image (document) and text (query), (B_v, B_t).
 ///
-/// `patches` (B_v, N, C) and `words` (B_t, L, C) are taken as they are: normalise them first for cosines. Needs contiguous
-/// patches, `2 N C l` FLOPs per pair, and no memory but the words' transposed copy. A pair with non-finite input scores NaN.
+/// `patches` (B_v, N, C) and `words` (B_t, L, C) are taken as they are: normalise them first for cosines. `2 N C l` FLOPs
+/// per pair, no memory but the words' transposed copy (and one of patches that are strided). A pair with non-finite input
+/// scores NaN.
 /// Source: ColBERT (Khattab and Zaharia 2020), eq. 3. Errors name the argument that does not fit.
 pub fn max_sim<T: Real>(
     patches: ArrayView3<'_, T>,
@@ -26,9 +27,8 @@ pub fn max_sim<T: Real>(
         return Err(LapsError::shape(operation, "patches", "(B_v >= 1, N >= 1, C >= 1)", got));
     }
     check_words(operation, &words, &word_lengths, channels)?;
-    let Some(flat) = patches.as_slice() else {
-        return Err(LapsError::value(operation, "patches", "a contiguous array", "a strided one"));
-    };
+    let patches = patches.as_standard_layout();
+    let flat = patches.as_slice().expect("in standard layout");
     let panels: Vec<Panel<T>> = words
         .axis_iter(Axis(0))
         .into_par_iter()

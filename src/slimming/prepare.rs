@@ -1,6 +1,6 @@
 //! What does not depend on the pair: computed once per image and once per text (laps.md, identities 1 to 3).
 
-use ndarray::{ArrayView1, ArrayView2};
+use ndarray::{ArrayView1, ArrayView2, Axis};
 use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -78,10 +78,22 @@ pub(crate) struct PreparedText<T: Real> {
     pub direction: Buffer<T>,
 }
 
-/// The exponent e for which `x * 2^-e` has its largest magnitude in [1, 2); 0 for all zeros.
-fn exponent<T: Real>(values: impl Iterator<Item = T>) -> i32 {
-    let largest = values.fold(T::zero(), |m, x| m.max(x.abs()));
-    if largest > T::zero() { largest.wide().log2().floor() as i32 } else { 0 }
+/// The largest |x|; infinite or NaN if any value is. Integers, so that contiguous rows run as vectors.
+#[inline(always)]
+fn largest<T: Real>(values: ArrayView2<'_, T>) -> T {
+    let mut bits = T::Key::default();
+    for row in values.rows() {
+        bits = match row.as_slice() {
+            Some(row) => row.iter().fold(bits, |m, x| m.max(x.magnitude())),
+            None => row.iter().fold(bits, |m, x| m.max(x.magnitude())),
+        };
+    }
+    T::of_magnitude(bits)
+}
+
+/// The power of two that brings values of at most `largest` to [1, 2); 1 for zeros.
+fn scale_of<T: Real>(largest: T) -> T {
+    if largest > T::zero() { power(-(largest.wide().log2().floor() as i32)) } else { T::one() }
 }
 
 fn power<T: Real>(exponent: i32) -> T {
@@ -91,9 +103,10 @@ fn power<T: Real>(exponent: i32) -> T {
 }
 
 /// Writes `x / |x|` (0 for the zero vector) and returns `1 / |x|` (0 likewise). Safe for any finite magnitude.
-pub(crate) fn unit<T: Real>(x: impl Iterator<Item = T> + Clone, out: &mut [T]) -> T {
-    let scale = power::<T>(-exponent(x.clone()));
-    out.iter_mut().zip(x).for_each(|(o, x)| *o = x * scale);
+#[inline(always)]
+pub(crate) fn unit<T: Real>(x: ArrayView1<'_, T>, out: &mut [T]) -> T {
+    let scale = scale_of(largest(x.insert_axis(Axis(0))));
+    out.iter_mut().zip(x).for_each(|(o, &x)| *o = x * scale);
     let square = wide_dot(out, out);
     if square == 0.0 {
         return T::zero();
@@ -124,13 +137,13 @@ impl<T: Real> PreparedText<T> {
     pub(crate) fn new(input: &PairInput<'_, T>, index: usize, options: &Options) -> Self {
         let length = input.word_lengths[index] as usize;
         let channels = input.words.dim().2;
-        let words = input.words.index_axis(ndarray::Axis(0), index);
+        let words = input.words.index_axis(Axis(0), index);
         let words = words.slice(ndarray::s![..length, ..]);
         let (stride, lanes) = (padded::<T>(channels), padded::<T>(length));
         let mut text = PreparedText {
             index,
             length,
-            finite: words.iter().all(|x| x.is_finite()),
+            finite: largest(words).is_finite(),
             rows: zeros(length * stride),
             panel: zeros(stride * lanes),
             lanes,
@@ -140,11 +153,11 @@ impl<T: Real> PreparedText<T> {
         if !text.finite {
             return text;
         }
-        let scale = power::<T>(-exponent(words.iter().copied()));
+        let scale = scale_of(largest(words));
         let (mut sum, mut reach) = (vec![0.0; channels], 0.0);
         for (j, word) in words.rows().into_iter().enumerate() {
             let row = &mut text.rows[j * stride..][..channels];
-            text.inverse[j] = unit(word.iter().copied(), row);
+            text.inverse[j] = unit(word, row);
             for (c, (&x, &raw)) in row.iter().zip(word).enumerate() {
                 text.panel[c * lanes + j] = x;
                 sum[c] += (raw * scale).wide();
@@ -195,15 +208,6 @@ fn wide_dot<T: Real>(a: &[T], b: &[T]) -> f64 {
     sums.iter().sum::<f64>() + rest
 }
 
-/// Whether all values are finite; contiguous ones without a branch for each.
-#[inline(always)]
-fn all_finite<T: Real>(values: ArrayView2<'_, T>) -> bool {
-    match values.as_slice() {
-        Some(values) => values.iter().fold(true, |all, x| all & x.is_finite()),
-        None => values.iter().all(|x| x.is_finite()),
-    }
-}
-
 struct Prepare<'a, 'b, T: Real> {
     input: &'b PairInput<'a, T>,
     sizes: &'b Sizes,
@@ -243,9 +247,9 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         lengths: Lengths,
     ) -> Self {
         let Sizes { patches: n, prefix: p, channels, aggregated, .. } = *sizes;
-        let patches = input.patches.index_axis_move(ndarray::Axis(0), index);
-        let prefix = input.prefix.index_axis_move(ndarray::Axis(0), index);
-        let logits = input.logits.index_axis_move(ndarray::Axis(0), index);
+        let patches = input.patches.index_axis_move(Axis(0), index);
+        let prefix = input.prefix.index_axis_move(Axis(0), index);
+        let logits = input.logits.index_axis_move(Axis(0), index);
         let soft = input.selection.soft();
         let summed = n + usize::from(soft);
         let stride = padded::<T>(channels);
@@ -255,13 +259,16 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             }
             _ => true,
         };
-        let finite = keep_finite && [patches, prefix, logits].into_iter().all(all_finite);
+        let highest = largest(patches);
+        let finite = keep_finite
+            && highest.is_finite()
+            && [prefix, logits].into_iter().all(|x| largest(x).is_finite());
         let mut image = PreparedImage {
             index,
             finite,
             rows: zeros(if finite { (summed + p) * stride } else { 0 }),
             stride,
-            scale: power(-exponent(patches.iter().copied())),
+            scale: scale_of(highest),
             norms: vec![T::zero(); summed],
             prefix_inverse: vec![T::zero(); p],
             direction: zeros(stride),
@@ -300,10 +307,11 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         let (mut mean, mut reach) = (vec![0.0; channels], 0.0);
         for (i, patch) in patches.rows().into_iter().enumerate() {
             let row = &mut self.rows[i * stride..][..channels];
-            for ((r, m), &x) in row.iter_mut().zip(&mut mean).zip(patch) {
-                *r = x * scale;
-                *m += r.wide() * share;
+            match patch.as_slice() {
+                Some(patch) => row.iter_mut().zip(patch).for_each(|(r, &x)| *r = x * scale),
+                None => row.iter_mut().zip(patch).for_each(|(r, &x)| *r = x * scale),
             }
+            mean.iter_mut().zip(row.iter()).for_each(|(m, r)| *m += r.wide() * share);
             let norm = wide_dot(row, row).sqrt();
             self.norms[i] = T::of(norm);
             reach += norm * share;
@@ -316,7 +324,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             next += stride;
         }
         for (inverse, token) in self.prefix_inverse.iter_mut().zip(prefix.rows()) {
-            *inverse = unit(token.iter().copied(), &mut self.rows[next..][..channels]);
+            *inverse = unit(token, &mut self.rows[next..][..channels]);
             next += stride;
         }
     }

@@ -22,6 +22,10 @@ pub trait Real: Float + AddAssign + MulAssign + Sum + Default + Debug + Send + S
     fn wide(self) -> f64;
     /// A key that sorts as the number does; both zeros share one key.
     fn key(self) -> Self::Key;
+    /// The magnitude as an integer: sorts as |x| does, with infinity and NaN above all numbers.
+    fn magnitude(self) -> Self::Key;
+    /// The number of this magnitude.
+    fn of_magnitude(bits: Self::Key) -> Self;
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
     /// `a * b + c`, fused where the machine does that in hardware.
     fn fused<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>)
@@ -62,6 +66,14 @@ macro_rules! real {
                 let bits = (self + 0.0).to_bits();
                 let sign = 1 << (<$key>::BITS - 1);
                 if bits & sign == 0 { bits | sign } else { !bits }
+            }
+            #[inline(always)]
+            fn magnitude(self) -> $key {
+                self.abs().to_bits()
+            }
+            #[inline(always)]
+            fn of_magnitude(bits: $key) -> Self {
+                <$t>::from_bits(bits)
             }
             #[inline(always)]
             fn splat<S: Simd>(simd: S, x: Self) -> S::$vector {

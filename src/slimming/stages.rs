@@ -170,7 +170,7 @@ pub fn align_patches_words<T: Real>(
         let used = word_lengths[t] as usize;
         let mut unit_words = Array2::zeros((used, channels));
         for (word, mut row) in words.index_axis(Axis(0), t).rows().into_iter().zip(unit_words.rows_mut()) {
-            unit(word.iter().copied(), row.as_slice_mut().expect("contiguous"));
+            unit(word, row.as_slice_mut().expect("contiguous"));
         }
         let mut found = Alignment::default();
         let mut cosines = vec![T::zero(); slots * stride];
