@@ -114,6 +114,16 @@ def test_wheel_must_not_need_other_libraries(library: str) -> None:
     assert library in problem
 
 
+def test_source_distribution_must_be_whole_and_without_strays() -> None:
+    names = [f"laps_rs-0.1.0/{name}" for name in check_wheel.SDIST_FILES]
+    assert check_wheel.sdist_problems(names) == []
+    assert check_wheel.sdist_problems(names[:-1]) == [f"{check_wheel.SDIST_FILES[-1]} is not in it"]
+    [problem] = check_wheel.sdist_problems(
+        [*names, "laps_rs-0.1.0/.venv/lib/README.md", "laps_rs-0.1.0/a.so"]
+    )
+    assert problem.startswith("2 files do not belong in it")
+
+
 def test_wheel_must_not_need_a_newer_glibc() -> None:
     binary = check_wheel.Binary("laps/_laps.abi3.so", ("libc.so.6", "libgcc_s.so.1"), (2, 34))
     assert len(check_wheel.binary_problems(binary)) == 1

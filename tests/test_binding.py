@@ -88,10 +88,10 @@ def test_scores_equal_the_oracle() -> None:
 
 def test_output_that_shares_memory_is_refused() -> None:
     scores = np.empty((2, 3), np.float32)
-    with pytest.raises(LapsValueError, match="out_kept_fraction .*shared with out_scores"):
+    with pytest.raises(LapsValueError, match=r"out_kept_fraction .*shared with out_scores"):
         forward(out_scores=scores, out_kept_fraction=scores)
     patches = arguments()["patches"]
-    with pytest.raises(LapsValueError, match="out_scores .*shared with patches"):
+    with pytest.raises(LapsValueError, match=r"out_scores .*shared with patches"):
         forward(patches=patches, out_scores=patches.reshape(-1)[:6].reshape(2, 3))
 
 
@@ -142,9 +142,9 @@ def test_bad_arguments_are_named(changes: dict[str, Any], error: type[Exception]
 def test_tensors_without_data_are_refused() -> None:
     with FakeTensorMode():
         fake = torch.empty(2, 8, 6)
-    with pytest.raises(LapsTypeError, match="patches .*without"):
+    with pytest.raises(LapsTypeError, match=r"patches .*without"):
         forward(patches=fake)
-    with pytest.raises(LapsTypeError, match="patches .*cannot be exported: Cannot pack tensors on meta"):
+    with pytest.raises(LapsTypeError, match=r"patches .*cannot be exported: Cannot pack tensors on meta"):
         forward(patches=torch.empty(2, 8, 6, device="meta"))
 
 
@@ -177,14 +177,23 @@ def test_random_arguments_never_get_past_an_exception() -> None:
         return rng.choice(layouts)
 
     b, t, n, c, l, m, p = SIZES.values()  # noqa: E741
+    shapes: dict[str, tuple[int, ...]] = {
+        "patches": (b, n, c),
+        "words": (t, l, c),
+        "word_lengths": (t,),
+        "logits": (b, n, m),
+        "prefix": (b, p, c),
+        "keep_prob": (b, n),
+        "mask": (b, t, n),
+        "out_scores": (b, t),
+        "out_kept_fraction": (b, t),
+        "out_selection": (b, t, 1),
+        "out_best_token": (b, t, l),
+        "out_best_word": (b, t, p + m + 1),
+    }
     done = 0
     for _ in range(3000):
         changes: dict[str, Any] = {}
-        shapes = {
-            "patches": (b, n, c), "words": (t, l, c), "word_lengths": (t,), "logits": (b, n, m), "prefix": (b, p, c),
-            "keep_prob": (b, n), "mask": (b, t, n), "out_scores": (b, t), "out_kept_fraction": (b, t),
-            "out_selection": (b, t, 1), "out_best_token": (b, t, l), "out_best_word": (b, t, p + m + 1),
-        }  # fmt: skip
         for name in rng.sample(sorted(shapes), rng.randint(1, 3)):
             changes[name] = anything(shapes[name])
         changes["pairwise"] = rng.random() < 0.2

@@ -7,14 +7,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import laps
 import numpy as np
 import pytest
 import torch
+from laps import functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-
-import laps
-from laps import functional as F
 
 B_V, B_T, N, C, L, N_C, P = 2, 3, 8, 6, 5, 3, 2
 

@@ -7,13 +7,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import laps
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd import gradcheck
-
-import laps
 from laps import losses
 from laps.losses import (
     InfoNCELoss,
@@ -22,6 +19,8 @@ from laps.losses import (
     info_nce_loss,
     ratio_loss,
 )
+from torch import Tensor
+from torch.autograd import gradcheck
 
 # Images of the rows, images of the columns.
 MAPS: dict[str, tuple[list[int], list[int]]] = {

@@ -8,14 +8,13 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import laps
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-
-import laps
 from laps import functional as F
 from laps.nn import LAPSHead, PatchCalibration, PatchScore, PatchSelection, PatchWordAlignment
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 C, N, P, L = 20, 16, 1, 6
 LENGTHS = torch.tensor([6, 2, 4, 1])

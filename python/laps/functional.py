@@ -392,9 +392,19 @@ def similarity_pairwise(
         prefix: (B, P, C) or None.
         keep_prob: (B, N) in [0, 1], or None.
         mask: (B, N), bool or floating in [0, 1], or None.
-        seed, directions, direction_reduction, negative_slope, fusion, language_context, attention_weight,
-            score, sampling, temperature, return_kept_fraction, chunk, backend: as in :func:`similarity`. The
-            noise of pair i is that of image i with caption i.
+        seed: as in :func:`similarity`; the noise of pair i is that of image i with caption i.
+        directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
+        direction_reduction: ``"sum"`` or ``"mean"``.
+        negative_slope: slope of the leaky ReLU, >= 0.
+        fusion: whether dropped patches form the fused token.
+        language_context: whether the text takes part in the selection.
+        attention_weight: beta, in [0, 1]; paper variant only.
+        score: ``"cosine"`` or ``"dot"``.
+        sampling: ``"gumbel"`` or ``"topk"``.
+        temperature: of the soft value, > 0.
+        return_kept_fraction: also return mean_i D_i per pair.
+        chunk: scratch memory in bytes; None for 64 MiB.
+        backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Returns:
         Scores (B,), and with `return_kept_fraction` the pair (scores, kept fraction), both (B,); dtypes as
@@ -531,7 +541,8 @@ def select_patches(
         words: (B_t, L, C) raw word features.
         word_lengths: (B_t,) integers in 1..L.
         selection_ratio: share of patches to keep, in (0, 1].
-        language_context, score: as in :func:`selection_scores`.
+        language_context: whether the text takes part; without it all captions keep the same patches.
+        score: ``"cosine"`` or ``"dot"``.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Returns:
@@ -662,7 +673,9 @@ def align_patches_words(
         words: (B_t, L, C) raw word features.
         word_lengths: (B_t,) integers in 1..L.
         token_counts: (B_v, B_t), int64, how many of the M tokens each pair has, in 1..M; None for all.
-        directions, direction_reduction, negative_slope: as in :func:`similarity`.
+        directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
+        direction_reduction: ``"sum"`` or ``"mean"``.
+        negative_slope: slope of the leaky ReLU, >= 0.
         backend: ``"auto"``, ``"torch"`` or ``"native"``. Gradients always take the torch path.
 
     Returns:

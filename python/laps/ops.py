@@ -66,8 +66,8 @@ def native_tensor(tensor: Tensor) -> Tensor: ...
 @overload
 def native_tensor(tensor: Tensor | None) -> Tensor | None: ...
 def native_tensor(tensor: Tensor | None) -> Tensor | None:
-    """What the binding takes: no autograd history (DLPack refuses it), C-contiguous. None stays None."""
-    return None if tensor is None else tensor.detach().contiguous()
+    """What the binding takes: no autograd history (DLPack refuses it). Strides are read as they are."""
+    return None if tensor is None else tensor.detach()
 
 
 def _seed_word(seed: Tensor | None) -> int | None:

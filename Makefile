@@ -1,0 +1,122 @@
+# Each target sets up what it needs: cargo, a C compiler, make and Python 3.10+ (with venv) are enough.
+# Set PYTHON to choose the interpreter, TORCH to choose the torch version: make test PYTHON=python3.12
+
+PYTHON ?= python3
+TORCH ?= 2.11.0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find src -type f)
+
+# maturin builds for the environment that VIRTUAL_ENV names; an active conda would contradict it.
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+unexport CONDA_PREFIX
+# maturin calls pip as well, and passes no options on.
+export PIP_QUIET := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-rust test-python lint format bench tables wheel venv clean distclean
+
+help:
+	@echo 'make demo     scores, kept patches and speed on real photographs; writes out/demo.png'
+	@echo 'make test     all tests, Rust and Python'
+	@echo 'make lint     formatting, clippy, ruff, mypy, stubs'
+	@echo 'make bench    the benchmarks; writes benchmarks/results/ and the tables of README.md'
+	@echo 'make wheel    the wheel and the source distribution, checked, in dist/'
+	@echo 'make venv     only what the others need first: $(VENV)/ with torch $(TORCH) and the built package'
+	@echo 'make clean    remove what was built (make distclean: also $(VENV)/)'
+
+# ---- set-up: stamps in .venv/ remember what is done ------------------------------------------------------------------
+
+$(VENV)/.stamp-venv:
+	@command -v cargo >/dev/null || { echo 'make: cargo is missing; install Rust from https://rustup.rs' >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo 'make: $(PYTHON) is not Python 3.10 or newer (choose one: make PYTHON=python3.12 ...)' >&2; exit 1; }
+	@echo '[venv] creating $(VENV)/ with $(PYTHON)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.stamp-tools: pyproject.toml $(VENV)/.stamp-venv
+	@echo '[venv] installing torch $(TORCH) and the tools (the first time: about 5 GB on disk)'
+	@$(PIP) install 'torch==$(TORCH)' --group dev
+	@touch $@
+
+$(VENV)/.stamp-native: $(RUST) $(VENV)/.stamp-tools
+	@echo '[venv] building the native module'
+	@$(BIN)/maturin develop --release --locked --quiet
+	@touch $@
+
+$(VENV)/.stamp-bench: pyproject.toml $(VENV)/.stamp-tools
+	@$(PIP) install --group bench || echo '[bench] no maxsim-cpu for this machine: its comparison is left out' >&2
+	@touch $@
+
+venv: $(VENV)/.stamp-native
+
+# ---- the work ----------------------------------------------------------------------------------------------------------
+
+demo: venv
+	@$(BIN)/python -m laps.demo
+
+test: test-rust test-python
+
+test-rust:
+	@echo '[test] cargo test'
+	@cargo test --locked --quiet
+
+test-python: venv
+	@echo '[test] pytest'
+	@$(BIN)/python -m pytest --quiet
+
+lint: venv
+	@echo '[lint] cargo fmt, clippy, doc'
+	@cargo fmt --check
+	@cargo clippy --locked --quiet --all-targets -- --deny warnings
+	@cargo clippy --locked --quiet --all-targets --features python -- --deny warnings
+	@RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps
+	@echo '[lint] ruff, mypy, stubs, tables'
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary python/laps benchmarks scripts
+	@$(BIN)/python -m mypy.stubtest laps._laps
+	@$(BIN)/python -m benchmarks.tables --check
+
+format: venv
+	@cargo fmt
+	@$(BIN)/ruff check --quiet --fix
+	@$(BIN)/ruff format --quiet
+
+# About ten minutes on two cores.
+bench: venv $(VENV)/.stamp-bench
+	@$(BIN)/python -m benchmarks.head
+	@$(BIN)/python -m benchmarks.max_sim
+	@$(BIN)/python -m benchmarks.tables
+
+tables: venv
+	@$(BIN)/python -m benchmarks.tables
+
+# On Linux zig links against the glibc of manylinux_2_28, whatever the glibc of this machine. --sdist builds the wheel
+# from the unpacked source distribution, so that what is missing in that one fails here.
+ifeq ($(shell uname -s),Linux)
+PORTABLE := --compatibility manylinux_2_28 --zig
+endif
+
+wheel: $(VENV)/.stamp-tools
+	@echo '[wheel] building the source distribution, and the wheel from it'
+	@rm -rf dist
+	@PATH="$(VIRTUAL_ENV)/bin:$$PATH" CARGO_TARGET_DIR=$(CURDIR)/target/wheel \
+	  $(BIN)/maturin build --release --locked --strip --sdist $(PORTABLE) --out dist --quiet
+ifeq ($(shell uname -s),Linux)
+	@$(BIN)/python scripts/check_wheel.py
+endif
+	@ls dist
+
+clean:
+	rm -rf target dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.stamp-native python/laps/*.so
+	find python tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV)

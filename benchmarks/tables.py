@@ -1,0 +1,194 @@
+"""The README's benchmark tables, generated from benchmarks/results/*.json.
+
+    python -m benchmarks.tables            # rewrite them
+    python -m benchmarks.tables --check    # fail where README and results differ (CI)
+
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; no figure in the README is typed by
+hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+MISSING = "*Not measured yet: `make bench` writes the result that this table is made from.*"
+FORM_TITLES = {
+    "loop": "per-caption loop",
+    "torch": "batched PyTorch",
+    "compile": "`torch.compile` of it",
+    "laps": "**laps**",
+}
+
+Result = dict[str, Any]
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with its first column to the left and the others to the right."""
+    lines = ["| " + " | ".join(header) + " |", "|:--" + "|--:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def milliseconds(seconds: float) -> str:
+    """Three significant digits, or whole milliseconds."""
+    value = 1e3 * seconds
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.3g} ms"
+
+
+def megabytes(count: int | None) -> str:
+    """Whole megabytes; "n/a" where nothing was measured."""
+    return "n/a" if count is None else f"{max(count / 1e6, 1):,.0f} MB"
+
+
+def times(ratio: float) -> str:
+    """A ratio with two significant digits at least."""
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def machine_line(result: Result) -> str:
+    """Where and when."""
+    machine = result["machine"]
+    memory = f", {machine['memory_gib']:.0f} GiB" if machine["memory_gib"] else ""
+    commit = f", commit {machine['commit'][:10]}" if machine["commit"] else ""
+    commit += " with local changes" if commit and machine["commit_is_changed"] else ""
+    simd = machine["laps_build"].get("simd")
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores{memory}; {machine['threads']} threads; "
+        f"torch {machine['torch']} ({machine['torch_simd']}), "
+        f"laps {machine['laps']}{f' ({simd})' if simd else ''}, {machine['rustc']}; "
+        f"{machine['date'][:10]}{commit}."
+    )
+
+
+def head_table(result: Result) -> str:
+    """Times and memory of every form at every shape."""
+    settings = result["settings"]
+    pairs = settings["images"] * settings["captions"]
+    rows = []
+    for entry in result["shapes"].values():
+        shape, forms = entry["shape"], entry["forms"]
+        loop = forms.get("loop")
+        title = f"**{shape['title']}** N={shape['num_patches']}, C={shape['channels']}"
+        for name, form in forms.items():
+            cells = [title, FORM_TITLES[name]]
+            for part in ("forward", "step"):
+                seconds = form[part]["median_s"]
+                ratio = times(loop[part]["median_s"] / seconds) if loop else "n/a"
+                cells += [milliseconds(seconds), f"{1e6 * seconds / pairs:.2f} µs", ratio]
+            rows.append([*cells, megabytes(form.get("step_bytes"))])
+            title = ""
+    low, high = settings["words"]
+    header = (
+        "shape",
+        "form",
+        "forward",
+        "a pair",
+        "ratio",
+        "forward + backward",
+        "a pair",
+        "ratio",
+        "extra memory",
+    )
+    return (
+        f"{settings['images']} images x {settings['captions']} captions of {low} to {high} words, float32. "
+        "Medians; \"ratio\" is the loop's time over the row's, "
+        '"extra memory" the peak of forward + backward above what was there before.\n\n'
+        f"{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
+def rate_table(result: Result) -> str:
+    """Operations per second beside torch.mm's."""
+    rows = []
+    for entry in result["shapes"].values():
+        rates = entry["flops_per_s"]
+        needed = sum(entry["flops"].values())
+        row = [entry["shape"]["title"], f"{needed / 1e9:.2f}", f"{rates['mm'] / 1e9:.0f}"]
+        for name in ("similarity", "head"):
+            rate = rates.get(name)
+            row += [f"{rate / 1e9:.0f}", f"{rate / rates['mm']:.0%}"] if rate else ["n/a", "n/a"]
+        rows.append(row)
+    header = ("shape", "GFLOP needed", "`torch.mm` GFLOP/s", "`similarity`", "share", "`LAPSHead`", "share")
+    return markdown(header, rows)
+
+
+def max_sim_table(result: Result) -> str:
+    """Times beside maxsim-cpu's."""
+    rows = []
+    for entry in result["shapes"]:
+        theirs, ours = entry["median_s"]["maxsim_cpu"], entry["median_s"]["laps"]
+        rate = entry["flops_per_s"]["maxsim_cpu"] / 1e9
+        rows.append(
+            [
+                f"{entry['documents']} x {entry['tokens']} x {entry['dim']}",
+                f"{milliseconds(theirs)} ({rate:.0f} GFLOP/s)",
+                milliseconds(ours),
+                times(theirs / ours),
+            ]
+        )
+    first = result["shapes"][0]
+    difference = max(entry["difference"] for entry in result["shapes"])
+    header = (
+        "documents x tokens x dim",
+        f"maxsim-cpu {result['machine']['maxsim_cpu']}",
+        "**laps**",
+        "ratio",
+    )
+    return (
+        f"One query of {first['query_tokens']} tokens, float32, same arrays, largest difference of a score "
+        f"{difference:.0e}.\n\n"
+        f"{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
+# Marker in the README: the result it comes from, and what makes it.
+TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "head": ("head.json", head_table),
+    "rate": ("head.json", rate_table),
+    "max_sim": ("max_sim.json", max_sim_table),
+}
+
+
+def render(readme: str, results: Path = RESULTS) -> str:
+    """The README with every table made anew; raises where a marker is missing."""
+    for name, (file, make) in TABLES.items():
+        path = results / file
+        table = make(json.loads(path.read_text())) if path.exists() else MISSING
+        opening, closing = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
+        before, opened, rest = readme.partition(opening)
+        _, closed, after = rest.partition(closing)
+        if not (opened and closed):
+            raise SystemExit(f"tables: README.md has no place marked {opening.strip()} ... {closing}")
+        readme = f"{before}{opening}\n{table}\n\n{closing}{after}"
+    return readme
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Rewrite or check the README; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing, exit 1 where the README is out of date"
+    )
+    options = parser.parse_args(argv)
+    current = README.read_text(encoding="utf-8")
+    wanted = render(current)
+    if options.check:
+        if wanted != current:
+            print("tables: README.md differs from benchmarks/results (run: make tables)", file=sys.stderr)
+        return int(wanted != current)
+    if wanted != current:
+        README.write_text(wanted, encoding="utf-8")
+        print("Wrote README.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
