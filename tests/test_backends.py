@@ -1,7 +1,7 @@
-"""The batched PyTorch backend against the oracle of `reference.py`.
+"""Both backends, batched PyTorch and native, through `laps.functional`, against the oracle of `reference.py`.
 
-float64 results must agree to 1e-10, scores and gradients; what is seen is below 1e-12. Gradients are compared
-through one random cotangent each for scores and kept fractions.
+float64 results must agree to 1e-10, scores and gradients; what is seen is below 1e-13, or 1e-11 where patches
+cancel. Gradients are compared through one random cotangent each for scores and kept fractions.
 """
 
 from __future__ import annotations
@@ -9,7 +9,12 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +22,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laps import torch_backend
+from laps import functional, torch_backend
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -108,15 +113,30 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 # ---- comparison
 
 
-def backend(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    return torch_backend.similarity(*arguments, **options)
+Function = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Calls `laps.functional` with one backend; scores and kept fractions."""
+
+    name: str
+
+    def __call__(self, *arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return functional.similarity(*arguments, **options, return_kept_fraction=True, backend=self.name)
+
+    def pairwise(self, *arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        return functional.similarity_pairwise(
+            *arguments, **options, return_kept_fraction=True, backend=self.name
+        )
+
+
+TORCH, NATIVE = Backend("torch"), Backend("native")
+both = pytest.mark.parametrize("backend", [TORCH, NATIVE], ids=lambda backend: backend.name)
 
 
 def oracle(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     return reference.similarity(*arguments, **options, return_kept_fraction=True)
-
-
-Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 def evaluate(function: Function, **inputs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -153,7 +173,7 @@ def assert_same(actual: Any, expected: Any, tolerance: float = 1e-10) -> None:
         assert difference <= tolerance, f"gradient of {name} differs by {difference}"
 
 
-def assert_equals_oracle(**inputs: Any) -> None:
+def assert_equals_oracle(backend: Backend, **inputs: Any) -> None:
     assert_same(evaluate(backend, **inputs), evaluate(oracle, **inputs))
 
 
@@ -165,7 +185,7 @@ def double(inputs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def assert_float32_is_accurate(inputs: dict[str, Any], tolerance: float = 1e-5) -> None:
+def assert_float32_is_accurate(backend: Backend, inputs: dict[str, Any], tolerance: float = 1e-5) -> None:
     """float32 scores are within 1e-5 of the oracle in float64, on the same selection."""
     names = ("selection_ratio", "keep_prob", "seed", "sampling", "mask", "score", "language_context")
     context = {name: value for name, value in double(inputs).items() if name in names}
@@ -186,20 +206,23 @@ def assert_float32_is_accurate(inputs: dict[str, Any], tolerance: float = 1e-5) 
 # ---- agreement with the oracle
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_scores_and_gradients_equal_the_oracle_for_every_option(variant: str) -> None:
+def test_scores_and_gradients_equal_the_oracle_for_every_option(backend: Backend, variant: str) -> None:
     batch = make_batch()
     for options in OPTIONS:
-        assert_equals_oracle(**batch, **choose(variant, batch) | options)
+        assert_equals_oracle(backend, **batch, **choose(variant, batch) | options)
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prefix", [0, 1, 5])
-def test_any_number_of_prefix_tokens(variant: str, prefix: int) -> None:
+def test_any_number_of_prefix_tokens(backend: Backend, variant: str, prefix: int) -> None:
     batch = make_batch(prefix=prefix)
-    assert_equals_oracle(**batch, **choose(variant, batch))
+    assert_equals_oracle(backend, **batch, **choose(variant, batch))
 
 
+@both
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     variant=st.sampled_from(VARIANTS),
@@ -213,13 +236,35 @@ def test_any_number_of_prefix_tokens(variant: str, prefix: int) -> None:
     ratio=st.floats(0.01, 1.0),
     seed=st.integers(0, 1000),
 )
-def test_any_shape(variant: str, ratio: float, **sizes: int) -> None:
+def test_any_shape(backend: Backend, variant: str, ratio: float, **sizes: int) -> None:
     batch = make_batch(**sizes)
-    assert_equals_oracle(**batch, **choose(variant, batch), selection_ratio=ratio)
+    assert_equals_oracle(backend, **batch, **choose(variant, batch), selection_ratio=ratio)
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_pairwise_scores_image_i_with_text_i(variant: str) -> None:
+@pytest.mark.parametrize("captions", [1, 8])
+def test_few_and_many_captions(backend: Backend, captions: int, variant: str) -> None:
+    # The native backend computes lengths from the tokens for few captions, from G for 8 and more.
+    batch = make_batch(images=1, captions=captions, patches=9)
+    for options in ({}, {"selection_ratio": 1.0}):
+        assert_equals_oracle(backend, **batch, **choose(variant, batch), **options)
+
+
+@both
+@pytest.mark.parametrize("captions", [1, 8])
+@pytest.mark.parametrize(("patches", "aggregated"), [(4, 1), (49, 23), (196, 39), (576, 115)])
+def test_token_grids_of_the_encoders(backend: Backend, patches: int, aggregated: int, captions: int) -> None:
+    batch = make_batch(
+        images=1, captions=captions, patches=patches, channels=16, aggregated=min(aggregated, 40)
+    )
+    for variant in ("released", "paper, gumbel"):
+        assert_equals_oracle(backend, **batch, **choose(variant, batch))
+
+
+@both
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pairwise_scores_image_i_with_text_i(backend: Backend, variant: str) -> None:
     batch = make_batch(images=3, captions=3)
     batch |= choose(variant, batch)
     if "mask" in batch:
@@ -228,15 +273,16 @@ def test_pairwise_scores_image_i_with_text_i(variant: str) -> None:
     def expected(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         return reference.similarity_pairwise(*arguments, **options, return_kept_fraction=True)
 
-    pairwise = evaluate(torch_backend.similarity_pairwise, **batch)
+    pairwise = evaluate(backend.pairwise, **batch)
     assert_same(pairwise, evaluate(expected, **batch))
     if "mask" not in batch:
         assert torch.allclose(pairwise[0], evaluate(backend, **batch)[0].diagonal(), rtol=0, atol=1e-12)
-    assert_same(evaluate(torch_backend.similarity_pairwise, **batch, chunk=1), pairwise)
+    assert_same(evaluate(backend.pairwise, **batch, chunk=1), pairwise)
 
 
+@both
 @pytest.mark.parametrize("variant", ["released", "paper", "float mask"])
-def test_gradients_are_those_of_finite_differences(variant: str) -> None:
+def test_gradients_are_those_of_finite_differences(backend: Backend, variant: str) -> None:
     # Not for keep_prob, whose straight-through gradient is not that of the function, and without the fused
     # token, whose weights depend on patches and words without gradient.
     batch = make_batch(images=1, captions=1, patches=4, channels=3, words=2)
@@ -248,7 +294,7 @@ def test_gradients_are_those_of_finite_differences(variant: str) -> None:
     def scores(*values: Tensor) -> Tensor:
         given = dict(zip(names, values, strict=True))
         main = (given.pop("patches"), given.pop("words"), lengths, given.pop("logits"))
-        return torch_backend.similarity(*main, **given, **fixed, selection_ratio=0.5, fusion=False)[0]
+        return backend(*main, **given, **fixed, selection_ratio=0.5, fusion=False)[0]
 
     batch["words"] = batch["words"].nan_to_num()
     leaves = [(batch | options)[name].requires_grad_() for name in names]
@@ -294,8 +340,9 @@ def test_ties_go_to_the_lower_index_and_zero_has_no_sign() -> None:
             assert torch.equal(torch_backend._top(signed, k), expected)
 
 
+@both
 @pytest.mark.parametrize("keep_prob", [None, 0.5])
-def test_equal_patches_are_kept_in_order(keep_prob: float | None) -> None:
+def test_equal_patches_are_kept_in_order(backend: Backend, keep_prob: float | None) -> None:
     batch = make_batch(patches=8, channels=4)
     # Powers of two make every product exact, so the ties are ties in any order of summation.
     batch["patches"] = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=F64).expand(2, 8, 4).contiguous()
@@ -312,9 +359,12 @@ def test_equal_patches_are_kept_in_order(keep_prob: float | None) -> None:
 # ---- input that is not finite
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("bad", [math.nan, -math.inf])
-def test_bad_input_makes_its_own_pairs_nan_and_leaves_others_untouched(variant: str, bad: float) -> None:
+def test_bad_input_makes_its_own_pairs_nan_and_leaves_others_untouched(
+    backend: Backend, variant: str, bad: float
+) -> None:
     batch = make_batch(images=3, captions=3)
     batch |= choose(variant, batch)
     clean = evaluate(backend, **batch)
@@ -341,7 +391,8 @@ def test_bad_input_makes_its_own_pairs_nan_and_leaves_others_untouched(variant: 
         assert_same(result, evaluate(oracle, **spoilt))
 
 
-def test_padding_has_no_effect_and_no_gradient() -> None:
+@both
+def test_padding_has_no_effect_and_no_gradient(backend: Backend) -> None:
     batch = make_batch(words=6)
     garbage = evaluate(backend, **batch)
     padded = batch["words"].isnan()
@@ -356,21 +407,22 @@ def test_an_impossible_length_makes_its_caption_nan() -> None:
     batch = make_batch(captions=4)
     batch["words"] = batch["words"].nan_to_num()
     batch["word_lengths"] = torch.tensor([4, 0, 5, 2])
-    scores = evaluate(backend, **batch)[0]
+    scores = evaluate(torch_backend.similarity, **batch)[0]
     assert torch.equal(scores.isnan(), torch.tensor([[False, True, True, False]]).expand(2, 4))
 
 
 # ---- vectors without a direction, cancelling, huge, tiny
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_zero_vectors_give_zero_and_no_nan(variant: str) -> None:
+def test_zero_vectors_give_zero_and_no_nan(backend: Backend, variant: str) -> None:
     batch = make_batch(images=3)
     batch["patches"][0] = 0.0  # an empty image
     batch["patches"][1, ::2] = 0.0
     batch["prefix"][1] = 0.0
     batch["words"][0, 0] = 0.0
-    assert_equals_oracle(**batch, **choose(variant, batch))
+    assert_equals_oracle(backend, **batch, **choose(variant, batch))
 
 
 def opposed(seed: int, difference: float, dtype: torch.dtype, **sizes: int) -> dict[str, Any]:
@@ -386,9 +438,11 @@ def opposed(seed: int, difference: float, dtype: torch.dtype, **sizes: int) -> d
     return batch | {"mask": mask}
 
 
-@pytest.mark.parametrize("difference", [0.0, 1e-4, 1e-2, 0.1, 0.3])
-def test_opposed_patches(difference: float) -> None:
-    batch = opposed(0, difference, F64, patches=8)
+@both
+@pytest.mark.parametrize("captions", [3, 8])
+@pytest.mark.parametrize("difference", [0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3])
+def test_opposed_patches(backend: Backend, captions: int, difference: float) -> None:
+    batch = opposed(0, difference, F64, patches=8, captions=captions)
     options = ({}, {"mask": batch["mask"].double()}, {"mask": None, "selection_ratio": 1.0})
     for inputs in (batch | option for option in options):
         actual, expected = evaluate(backend, **inputs), evaluate(oracle, **inputs)
@@ -398,7 +452,8 @@ def test_opposed_patches(difference: float) -> None:
         assert_same(evaluate(backend, **inputs, chunk=1), actual, 1e-10)
 
 
-def test_patches_that_cancel_exactly_are_a_zero_token() -> None:
+@both
+def test_patches_that_cancel_exactly_are_a_zero_token(backend: Backend) -> None:
     batch = opposed(0, 0.0, F64, patches=8, prefix=0)
     batch["patches"][:, 4] = batch["patches"][:, 0]  # the fused token does not cancel
     batch["patches"] *= 3.0
@@ -408,33 +463,36 @@ def test_patches_that_cancel_exactly_are_a_zero_token() -> None:
     assert_same(actual, evaluate(oracle, **batch, fusion=False))
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("spread", [30.0, 300.0])
-def test_logits_of_any_range(variant: str, spread: float) -> None:
+def test_logits_of_any_range(backend: Backend, variant: str, spread: float) -> None:
     # Kept logits far below the image's largest: the shared exponentials of the hard form are zero.
     batch = make_batch()
     batch["logits"] *= spread
     batch["logits"][:, 0] += 1000.0
-    assert_equals_oracle(**batch, **choose(variant, batch))
+    assert_equals_oracle(backend, **batch, **choose(variant, batch))
     mask = torch.ones(2, 3, 7, dtype=torch.bool)
     mask[..., 0] = False
-    assert_equals_oracle(**batch, mask=mask)
+    assert_equals_oracle(backend, **batch, mask=mask)
 
 
+@both
 @pytest.mark.parametrize("norm", [1e-5, 450.0, 1e15, 1e100])
-def test_norms_of_any_size(norm: float) -> None:
+def test_norms_of_any_size(backend: Backend, norm: float) -> None:
     for variant in VARIANTS:
         batch = make_batch()
         batch["patches"] *= norm
         batch["prefix"] *= norm
-        assert_equals_oracle(**batch, **choose(variant, batch))
+        assert_equals_oracle(backend, **batch, **choose(variant, batch))
 
 
-def test_patches_of_very_unequal_norms() -> None:
+@both
+def test_patches_of_very_unequal_norms(backend: Backend) -> None:
     batch = make_batch()
     batch["patches"] *= torch.logspace(-9, 9, 7, dtype=F64)[:, None]
     for variant in VARIANTS:
-        assert_equals_oracle(**batch, **choose(variant, batch))
+        assert_equals_oracle(backend, **batch, **choose(variant, batch))
 
 
 # ---- float32
@@ -443,24 +501,30 @@ def test_patches_of_very_unequal_norms() -> None:
 WIDE = {"patches": 24, "channels": 16, "aggregated": 4, "words": 6, "dtype": F32}
 
 
+@both
+@pytest.mark.parametrize("captions", [3, 8])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("score", ["cosine", "dot"])
-def test_float32_is_within_1e5_of_float64(variant: str, score: str) -> None:
-    batch = make_batch(**WIDE)
-    assert_float32_is_accurate(batch | choose(variant, batch) | {"score": score})
+def test_float32_is_within_1e5_of_float64(backend: Backend, captions: int, variant: str, score: str) -> None:
+    batch = make_batch(**WIDE, captions=captions)
+    assert_float32_is_accurate(backend, batch | choose(variant, batch) | {"score": score})
 
 
+@both
+@pytest.mark.parametrize("captions", [3, 8])
 @pytest.mark.parametrize("difference", [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 0.25])
-def test_float32_with_opposed_patches(difference: float) -> None:
-    batch = opposed(0, difference, **WIDE)
-    assert_float32_is_accurate(batch)
-    assert_float32_is_accurate(batch | {"mask": batch["mask"].float()})
-    assert_float32_is_accurate(batch | {"mask": None, "score": "dot"})
-    assert_float32_is_accurate(batch | choose("paper", batch) | {"mask": None})
+def test_float32_with_opposed_patches(backend: Backend, captions: int, difference: float) -> None:
+    batch = opposed(0, difference, **WIDE, captions=captions)
+    assert_float32_is_accurate(backend, batch)
+    assert_float32_is_accurate(backend, batch | {"mask": batch["mask"].float()})
+    assert_float32_is_accurate(backend, batch | {"mask": None})
+    assert_float32_is_accurate(backend, batch | {"mask": None, "score": "dot"})
+    assert_float32_is_accurate(backend, batch | choose("paper", batch) | {"mask": None})
 
 
+@both
 @pytest.mark.parametrize("norm", [450.0, 1e15, 1e30, 1e-15])
-def test_float32_with_huge_and_tiny_norms(norm: float) -> None:
+def test_float32_with_huge_and_tiny_norms(backend: Backend, norm: float) -> None:
     for variant in ("released", "paper", "float mask"):
         batch = make_batch(**WIDE)
         batch["patches"] *= norm
@@ -468,36 +532,153 @@ def test_float32_with_huge_and_tiny_norms(norm: float) -> None:
         # Below 1e-12 a vector alone has no direction; sums of such vectors still have one. Not promised, not
         # tested.
         if norm > 1e-12:
-            assert_float32_is_accurate(batch | choose(variant, batch))
+            assert_float32_is_accurate(backend, batch | choose(variant, batch))
         result = evaluate(backend, **batch, **choose(variant, batch))
         assert result[0].isfinite().all()
         assert all(gradient.isfinite().all() for gradient in result[2].values())
 
 
-def test_float32_with_logits_that_underflow() -> None:
+@both
+def test_float32_with_logits_that_underflow(backend: Backend) -> None:
     batch = make_batch(**WIDE)
     batch["logits"] *= 20.0
     batch["logits"][:, 0] += 200.0
     mask = torch.arange(24).expand(2, 3, 24) % 2 == 1
-    assert_float32_is_accurate(batch | {"mask": mask})
+    assert_float32_is_accurate(backend, batch | {"mask": mask})
 
 
-def test_float32_at_the_size_of_a_vit() -> None:
-    batch = make_batch(captions=1, patches=196, channels=64, aggregated=39, words=9, dtype=F32)
-    assert_float32_is_accurate(batch)
-    assert_float32_is_accurate(batch | choose("paper", batch))
+@both
+def test_float32_at_the_size_of_a_vit(backend: Backend) -> None:
+    for captions in (1, 8):
+        sizes = {"images": 1, "captions": captions, "patches": 196, "channels": 512, "aggregated": 39}
+        batch = make_batch(**sizes, words=9, dtype=F32)
+        assert_float32_is_accurate(backend, batch)
+        assert_float32_is_accurate(backend, batch | choose("paper", batch))
+
+
+def test_random_patches_need_no_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Their squared lengths are about 1 / 98 of what they could be, for want of alignment, not by cancelling.
+    record: list[float] = []
+    repair = torch_backend._repair
+
+    def recording(cosines: Tensor, doubtful: Tensor, *rest: Any) -> Tensor:
+        record.append(doubtful.float().mean().item())
+        return repair(cosines, doubtful, *rest)
+
+    monkeypatch.setattr(torch_backend, "_repair", recording)
+    batch = make_batch(images=1, captions=8, patches=196, channels=512, aggregated=39, words=9, dtype=F32)
+    for variant in VARIANTS:
+        evaluate(TORCH, **batch, **choose(variant, batch))
+    assert len(record) == 2 * len(VARIANTS)
+    assert max(record) == 0
 
 
 # ---- how it is computed
 
 
+@both
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_chunks_do_not_change_the_result(variant: str) -> None:
+def test_chunks_do_not_change_the_result(backend: Backend, variant: str) -> None:
     batch = make_batch(images=3, captions=4)
     batch |= choose(variant, batch)
     whole = evaluate(backend, **batch)
     for chunk in (1, 30_000):
         assert_same(evaluate(backend, **batch, chunk=chunk), whole, 1e-12)
+
+
+def evaluate_native(threads: int, **inputs: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """`evaluate` of the native backend on so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return evaluate(NATIVE, **inputs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("captions", [1, 9])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_native_results_do_not_depend_on_threads(variant: str, captions: int, dtype: torch.dtype) -> None:
+    batch = make_batch(images=5, captions=captions, patches=12, channels=20, aggregated=3, dtype=dtype)
+    batch |= choose(variant, batch)
+    whole = evaluate_native(1, **batch)
+    for chunk in (None, 20_000, 1):
+        alone = evaluate_native(1, **batch, chunk=chunk)
+        assert_same(evaluate_native(2, **batch, chunk=chunk), alone, 0.0)
+        assert torch.equal(alone[0], whole[0])
+        assert torch.equal(alone[1], whole[1])
+        assert_same(alone, whole, 1e-12 if dtype == F64 else 1e-5)
+
+
+def test_squared_lengths_have_gradients_of_gradients() -> None:
+    g = torch.Generator().manual_seed(0)
+    weights = torch.rand(2, 3, 4, generator=g, dtype=F64).requires_grad_()
+    vectors = torch.randn(2, 4, 5, generator=g, dtype=F64).requires_grad_()
+
+    def squares(e: Tensor, v: Tensor) -> Tensor:
+        return torch_backend._Squares.apply(e, v @ v.mT)[0]
+
+    assert torch.autograd.gradcheck(squares, (weights, vectors))
+    assert torch.autograd.gradgradcheck(squares, (weights, vectors))
+
+
+def check_native(level: str) -> None:
+    """The native backend against the oracle at one level of vector instructions; run in its own process."""
+    torch.set_num_threads(1)
+    assert functional._laps.build_info()["simd"] == level
+    for variant, captions in itertools.product(VARIANTS, (1, 8)):
+        batch = make_batch(images=1, captions=captions, patches=19, channels=21, aggregated=5, words=9)
+        assert_equals_oracle(NATIVE, **batch, **choose(variant, batch))
+    for difference in (0.0, 1e-3, 0.1):
+        assert_equals_oracle(NATIVE, **opposed(0, difference, F64, patches=8, captions=8))
+    batch = make_batch(**WIDE)
+    assert_float32_is_accurate(NATIVE, batch)
+    assert_float32_is_accurate(NATIVE, opposed(0, 1e-3, **WIDE))
+    sides = [batch[name].double() for name in TENSORS[:2]]
+    actual = functional.max_sim(*sides, batch["word_lengths"], backend="native")
+    expected = reference.max_sim(*sides, batch["word_lengths"])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("level", ["scalar", "avx2"])
+def test_every_level_of_vector_instructions(level: str) -> None:
+    if level not in functional._laps.build_info()["simd_available"]:
+        pytest.skip(f"this processor has no {level}")
+    # The level is chosen once per process.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"LAPS_SIMD": level, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", f"import test_backends; test_backends.check_native({level!r})"]
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+
+
+class Rescored(torch.utils.data.Dataset[Tensor]):
+    """Items that are computed with the native head, by whichever process loads them."""
+
+    def __init__(self, batch: dict[str, Any]) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return evaluate(NATIVE, **self.batch)[0]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork there")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_native_works_in_a_forked_worker_after_use_in_the_parent() -> None:
+    batch = make_batch(images=3, captions=9)
+    expected = evaluate(NATIVE, **batch)[0]  # starts the parent's threads, which no fork copies
+    loader = torch.utils.data.DataLoader(
+        Rescored(batch), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60
+    )
+    for actual in loader:
+        assert torch.equal(actual, expected)
+    assert torch.equal(evaluate(NATIVE, **batch)[0], expected)
 
 
 def peak_memory(function: Callable[[], object]) -> int:
@@ -517,20 +698,23 @@ def test_scratch_memory_stays_below_the_budget(difference: float) -> None:
     batch = opposed(0, difference, F32, **sizes)
     arguments = [batch[name] for name in TENSORS]
     for chunk, options in ((2**20, {"mask": batch["mask"]}), (2**22, choose("paper, gumbel", batch))):
-        call = functools.partial(backend, *arguments, selection_ratio=0.5, **options, chunk=chunk)
+        call = functools.partial(
+            torch_backend.similarity, *arguments, selection_ratio=0.5, **options, chunk=chunk
+        )
         assert peak_memory(call) < chunk
     assert peak_memory(lambda: torch_backend.max_sim(*arguments[:3], chunk=2**18)) < 2**18
 
 
 @pytest.mark.parametrize("variant", ["released", "paper, gumbel", "float mask"])
 def test_compiles_to_one_graph(variant: str) -> None:
+    # Ordinary input: what is traced computes no token again.
     batch = make_batch()
     batch |= choose(variant, batch)
     if "seed" in batch:
         batch["seed"] = torch.tensor(batch["seed"] - 2**64 if batch["seed"] >= 2**63 else batch["seed"])
     torch._dynamo.reset()
-    compiled = torch.compile(backend, fullgraph=True, backend="aot_eager", dynamic=False)
-    assert_same(evaluate(compiled, **batch), evaluate(backend, **batch))
+    compiled = torch.compile(torch_backend.similarity, fullgraph=True, backend="aot_eager", dynamic=False)
+    assert_same(evaluate(compiled, **batch), evaluate(torch_backend.similarity, **batch))
 
 
 def test_shapes_are_known_without_values() -> None:
@@ -538,7 +722,7 @@ def test_shapes_are_known_without_values() -> None:
         batch = make_batch()
         batch = {name: mode.from_tensor(x) if isinstance(x, Tensor) else x for name, x in batch.items()}
         v, w, lengths, logits = (batch[name] for name in TENSORS)
-        assert backend(v, w, lengths, logits, selection_ratio=0.5)[0].shape == (2, 3)
+        assert torch_backend.similarity(v, w, lengths, logits, selection_ratio=0.5)[0].shape == (2, 3)
         assert torch_backend.select_patches(v, w, lengths, 0.5).shape == (2, 3, 4)
         scores = torch_backend.selection_scores(v, w, lengths)
         tokens, counts = torch_backend.calibrate_patches(v, logits, scores > 0, scores)
@@ -548,7 +732,8 @@ def test_shapes_are_known_without_values() -> None:
         assert torch_backend.max_sim(v, w, lengths).shape == (2, 3)
 
 
-def test_autocast_does_not_reach_inside() -> None:
+@both
+def test_autocast_does_not_reach_inside(backend: Backend) -> None:
     def mixed(*arguments: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return backend(*arguments, **options)
@@ -580,6 +765,43 @@ def test_stage_selection(options: dict[str, Any]) -> None:
     assert indices.dtype == torch.int64
     assert (indices.diff() > 0).all()
     assert torch.equal(torch.zeros_like(decision).scatter(-1, indices, True), decision)
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"language_context": False}, {"score": "dot"}])
+@pytest.mark.parametrize("fusion", [True, False])
+def test_stages_equal_the_oracle(backend: Backend, fusion: bool, options: dict[str, Any]) -> None:
+    batch, name = make_batch(patches=9), {"backend": backend.name}
+    v, w, lengths, logits = (batch[name] for name in TENSORS)
+    scores = functional.selection_scores(v, w, lengths, **options, **name)
+    kept = functional.select_patches(v, w, lengths, 0.5, **options, **name)
+    decision, _ = reference.selection_mask(v, w, lengths, selection_ratio=0.5, **options)
+    assert kept.dtype == torch.int64
+    assert (kept.diff() > 0).all()
+    assert torch.equal(torch.zeros_like(decision).scatter(-1, kept, True), decision)
+    decision[0, 0] = True  # a pair without a fused token
+    tokens, counts = functional.calibrate_patches(
+        v, logits, decision, scores, prefix=batch["prefix"], fusion=fusion, **name
+    )
+    aligned, matrix = functional.align_patches_words(tokens, w, lengths, token_counts=counts, **name)
+    assert tokens.shape == (2, 3, 3 + fusion, 5)
+    assert matrix.shape == (2, 3, 3 + fusion, 4)
+    for i, t in itertools.product(range(2), range(3)):
+        words, own = w[t, : lengths[t]], decision[i, t]
+        expected_scores = reference.selection_scores(v[i], words, **options)
+        torch.testing.assert_close(scores[i, t], expected_scores, rtol=0, atol=1e-12)
+        expected = reference.tokens(
+            v[i], logits[i], own, scores[i, t], prefix=batch["prefix"][i], fusion=fusion
+        )
+        count = int(counts[i, t])
+        assert count == len(expected)
+        torch.testing.assert_close(tokens[i, t, :count], expected, rtol=0, atol=1e-12)
+        assert (tokens[i, t, count:] == 0).all()
+        torch.testing.assert_close(aligned[i, t], reference.alignment(expected, words), rtol=0, atol=1e-12)
+        rows = torch.stack([torch.stack(row) for row in reference.alignment_matrix(expected, words)])
+        torch.testing.assert_close(matrix[i, t, :count, : len(words)], rows, rtol=0, atol=1e-12)
+        assert (matrix[i, t, count:] == 0).all()
+        assert (matrix[i, t, :, len(words) :] == 0).all()
 
 
 def test_stage_selection_of_bad_input_is_nan() -> None:
@@ -625,7 +847,7 @@ def test_stages_together_are_the_similarity(variant: str, fusion: bool) -> None:
         soft = torch.sigmoid(z)
         return (z > 0).double() + (soft - soft.detach())
 
-    expected = evaluate(backend, **batch, **options, fusion=fusion)
+    expected = evaluate(TORCH, **batch, **options, fusion=fusion)
     assert_same(evaluate(staged, **batch, **options), expected)
 
 
@@ -636,8 +858,19 @@ def test_stage_calibration_without_dropped_patches_has_no_fused_token() -> None:
     assert tokens.shape == (2, 3, 2, 5)
     assert (counts == 2).all()
     scores, _ = torch_backend.align_patches_words(tokens, batch["words"], batch["word_lengths"])
-    expected = evaluate(backend, **batch | {"prefix": None}, selection_ratio=1.0)[0]
+    expected = evaluate(TORCH, **batch | {"prefix": None}, selection_ratio=1.0)[0]
     torch.testing.assert_close(scores, expected, rtol=0, atol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("channels", [1, 5, 40])
+def test_max_sim_of_both_backends(backend: Backend, channels: int) -> None:
+    batch = make_batch(images=3, captions=9, patches=30, channels=channels)
+    batch["patches"][1, 2, 0] = math.inf
+    batch["words"][3, 0, 0] = math.nan
+    sides = [batch[name] for name in TENSORS[:3]]
+    actual = functional.max_sim(*sides, backend=backend.name)
+    torch.testing.assert_close(actual, reference.max_sim(*sides), rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_max_sim_equals_the_oracle() -> None:

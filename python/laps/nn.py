@@ -587,7 +587,11 @@ class LAPSHead(nn.Module):
                     "equal, or torch.autocast",
                 )
             )
-        return image_tokens[:, :p] if p else None, image_tokens[:, p:]
+        if p == 0:
+            return None, image_tokens
+        # One split and not two slices: its gradient is one concatenation.
+        prefix, patches = image_tokens.split([p, n], dim=1)  # type: ignore[no-untyped-call]
+        return prefix, patches
 
 
 def _autocast(tensor: Tensor) -> bool:

@@ -9,11 +9,14 @@ Sizes: b images, t captions, N patches, P prefix tokens, N_c aggregated tokens, 
 Captions have a leading size s besides: 1 where all images share them, b where image i has its own text i
 only; both broadcast against b.
 
-Where precision is at stake. Selection is computed in float64, so that float32 input selects as float64 input
-does. Tokens whose length G cannot tell are computed again, in float64 (`_repair`). Patches enter P and G
-scaled by the image's largest entry, which no score depends on, so nothing overflows. What is not finite
-becomes zero on the way in and NaN on the way out (`_score`), so it spoils neither scores nor gradients of
-other pairs.
+Where precision is at stake. Patches are scaled by a power of two that brings the image's largest entry near
+1: no score depends on it, nothing overflows, no digit is lost. Products with the text are formed in the dtype
+of the input, selection scores then in float64. Tokens whose length has lost digits, where opposed patches
+cancel or weights underflow, are computed again, in float64 (`_repair`). Not so when traced (torch.compile),
+for no shape may depend on values then: such tokens keep the error of the form e^T G e there, and a token is
+zero once its patches cancel, or its kept logits lie below the image's highest, as far as the dtype can tell.
+What is not finite becomes zero on the way in and NaN on the way out (`_score`), so it spoils neither scores
+nor gradients of other pairs.
 """
 
 from __future__ import annotations
@@ -32,8 +35,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 EPS = 1e-6  # floor of the stable weights, and clamp of the probabilities
 ZERO = 1e-12  # a vector shorter than this, or a sum shorter than this share of its terms, counts as zero
-CANCELLED = 1e-2  # where |sum_i e_i v_i|^2 is below this share of (sum_i e_i |v_i|)^2, G gives too few digits
-UNDERFLOWED = 1e-12  # where sum_i e_i |v_i| is below this share of the largest entry, e has too few digits
+# Where e^T G e is below this share of (sum_i e_i |v_i|)^2, it has too few digits; where it is at least half
+# of sum_i (e_i |v_i|)^2, as for many patches in all directions, little cancels and a tenth will do.
+CANCELLED = {torch.float32: 1e-2, torch.float64: 1e-6}
+UNDERFLOWED = 1e-12  # where sum_i e_i |v_i| is below this, of patches scaled to about 1, e has too few digits
 SCRATCH = 64 * 2**20  # bytes
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -56,19 +61,32 @@ class Options:
     temperature: float = 1.0
 
 
+class Rows(NamedTuple):
+    """The patches of b images as sums and scores of all kinds need them."""
+
+    finite: Tensor  # (b, 1)
+    scaled: Tensor  # (b, N, C), times a power of two that brings the image's largest entry near 1
+    norms: Tensor  # (b, N) float64 of the scaled patches, no gradient
+    self_scores: Tensor  # (b, N) float64, no gradient
+    text_factors: Tensor  # (b, N) float64, what makes a text score of the product with a text's direction
+
+
 class Images(NamedTuple):
-    """What depends on the image alone, for b images."""
+    """What depends on the image alone, for b images.
+
+    In the stable form the mean of the patches counts as one more patch, N' = N + 1, whose weight is eps.
+    """
 
     position: Tensor  # (b, 1), key of the noise
     finite: Tensor  # (b, 1)
-    patches: Tensor  # (b, N, C), raw
-    scaled: Tensor  # (b, N, C), in units of the image's largest entry
-    norms: Tensor  # (b, N, 1) of the scaled patches, no gradient
-    prefix: Tensor  # (b, P, C), normalised
+    rows: Rows
+    patches: Tensor  # (b, N', C), scaled
+    norms: Tensor  # (b, N'), no gradient
+    gram: Tensor  # G (b, N', N')
+    exponentials: Tensor  # e^{l - max l} (b, N_c, N')
     logits: Tensor  # (b, N_c, N)
+    prefix: Tensor  # (b, P, C), normalised
     keep_prob: Tensor | None  # (b, N)
-    probes: Tensor  # (b, N, C) float64, what the text is compared with for selection
-    self_scores: Tensor  # (b, N) float64
 
 
 class Captions(NamedTuple):
@@ -79,7 +97,10 @@ class Captions(NamedTuple):
     real: Tensor  # (s, t, L), False at padding
     lengths: Tensor  # (s, t)
     units: Tensor  # (s, t, L, C), normalised words, zeros at padding
-    text: Tensor  # (s, t, C) float64, what the probes are compared with
+    packed: Tensor  # (s, W, C), of `units` those at `places`
+    places: Tensor | None  # (W,) among the t L; None for all
+    direction: Tensor  # (s, t, C) float64, of the mean word, no gradient
+    size: Tensor  # (s, t) float64, what a product with the direction counts
 
 
 def _full_precision(function: FunctionT) -> FunctionT:
@@ -117,17 +138,17 @@ def similarity(
     """Scores and kept fractions (B_v, B_t); arguments as in :func:`laps.functional.similarity`."""
     given, budget = Options(**options), _budget(chunk, patches)
     image_step, caption_step = _chunk_sizes(patches, words, logits, prefix, budget)
-    rows = []
-    for i in range(0, len(patches), image_step):
-        own = slice(i, i + image_step)
-        images = _images(own, patches, prefix, logits, keep_prob, given.score)
-        row = []
-        for t in range(0, len(words), caption_step):
-            texts = slice(t, t + caption_step)
-            captions = _captions(words[None, texts], word_lengths[None, texts], t, given.score)
-            row.append(_score(images, captions, None if mask is None else mask[own, texts], given, budget))
-        rows.append([torch.cat(part, dim=1) for part in zip(*row, strict=True)])
-    scores, kept_fraction = (torch.cat(part) for part in zip(*rows, strict=True))
+    batches = _split(image_step, patches, logits, prefix, keep_prob, mask)
+    stable, columns = _stable(keep_prob, mask), []
+    for t, (own_words, own_lengths) in _split(caption_step, words, word_lengths):
+        captions = _captions(own_words[None], own_lengths[None], t, given.score)
+        texts, column = slice(t, t + caption_step), []
+        for i, (*features, own_mask) in batches:
+            images = _images(i, given.score, stable, *features)
+            own_mask = None if own_mask is None else own_mask[:, texts]
+            column.append(_score(images, captions, own_mask, given, budget))
+        columns.append([torch.cat(part) for part in zip(*column, strict=True)])
+    scores, kept_fraction = (torch.cat(part, dim=1) for part in zip(*columns, strict=True))
     return scores, kept_fraction
 
 
@@ -147,14 +168,22 @@ def similarity_pairwise(
     """Scores and kept fractions (B,) of image i with text i; mask (B, N)."""
     given, budget = Options(**options), _budget(chunk, patches)
     step, _ = _chunk_sizes(patches, words, logits, prefix, budget, pairwise=True)
-    parts = []
-    for i in range(0, len(patches), step):
-        own = slice(i, i + step)
-        images = _images(own, patches, prefix, logits, keep_prob, given.score)
-        captions = _captions(words[own, None], word_lengths[own, None], i, given.score)
-        parts.append(_score(images, captions, None if mask is None else mask[own, None], given, budget))
+    batches = _split(step, patches, logits, prefix, keep_prob, mask, words, word_lengths)
+    stable, parts = _stable(keep_prob, mask), []
+    for i, (*features, own_mask, own_words, own_lengths) in batches:
+        images = _images(i, given.score, stable, *features)
+        captions = _captions(own_words[:, None], own_lengths[:, None], i, given.score)
+        parts.append(_score(images, captions, None if own_mask is None else own_mask[:, None], given, budget))
     scores, kept_fraction = (torch.cat(part).squeeze(1) for part in zip(*parts, strict=True))
     return scores, kept_fraction
+
+
+def _split(step: int, *batches: Any) -> list[tuple[int, tuple[Any, ...]]]:
+    """Tensors, or None, in parts of `step`, each with its position; slices would cost more backward."""
+    count = len(batches[0])
+    starts = range(0, count, step)
+    parts = [[None] * len(starts) if x is None else torch.split(x, step) for x in batches]
+    return list(zip(starts, zip(*parts, strict=True), strict=True))
 
 
 def _score(
@@ -165,7 +194,7 @@ def _score(
     if mask is not None and mask.is_floating_point():
         mask_finite = mask.isfinite().all(-1)
         finite, mask = finite & mask_finite, torch.where(mask_finite[..., None], mask, 0.0)
-    scores = _selection_scores(images.probes, images.self_scores, captions.text, images.keep_prob, options)
+    scores = _selection_scores(images.rows, captions, images.keep_prob, options)
     decision = _decide(scores, images, captions, options) if mask is None else mask
     cosines, counts = _cosines(images, captions, decision, scores, options, budget)
     result = _reduce(cosines, counts, captions, options)
@@ -180,25 +209,37 @@ def _budget(chunk: int | None, x: Tensor) -> int:
     return chunk
 
 
+def _stable(keep_prob: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether aggregated tokens take the stable form."""
+    return keep_prob is not None or (mask is not None and mask.is_floating_point())
+
+
 def _chunk_sizes(
     patches: Tensor, words: Tensor, logits: Tensor, prefix: Tensor | None, budget: int, pairwise: bool = False
 ) -> tuple[int, int]:
     """How many images and captions at a time keep scratch memory below `budget` bytes.
 
-    Half of it is for the tensors counted here, which are alive together; half is for `_repair`.
+    Three quarters of it are for the tensors counted here, which are alive together; one is for `_repair`.
+    Captions come first: the more of them, the fewer times images are prepared.
     """
     (images, n, c), (captions, length, _) = patches.shape, words.shape
     aggregated, size = logits.shape[-1], patches.element_size()
     tokens = aggregated + 1 + (0 if prefix is None else prefix.shape[1])
-    image = n * c * (16 + 5 * size) + n * (n + 3 * aggregated) * size
-    caption = length * c * (16 + 5 * size)
-    pair = (3 * aggregated * n + 2 * n * length + 5 * tokens * length) * size + 80 * n
-    if _traced(patches):
-        pair += 32 * tokens * (n + c)
+    image = n * c * (16 + 3 * size) + n * (n + 3 * aggregated) * size
+    caption = length * c * 4 * size
+    pair = (3 * aggregated * n + 2 * n * length + 5 * tokens * length + 3 * c) * size + 80 * n
+    available = budget // 4 * 3
     if pairwise:
-        step = max(1, budget // 2 // (image + caption + pair))
+        step = max(1, available // (image + caption + pair + 8 * length * c))
         return step, step
-    return _fit(images, captions, image, caption, pair, budget // 2)
+    most = min((available - image) // (caption + pair), available // (caption + 8 * length * c))
+    caption_step = _even(captions, most)
+    return _even(images, (available - caption_step * caption) // (image + caption_step * pair)), caption_step
+
+
+def _even(count: int, most: int) -> int:
+    """The size of equal parts of `count`, none above `most` unless that is below 1."""
+    return math.ceil(count / math.ceil(count / max(1, most)))
 
 
 def _fit(images: int, captions: int, image: int, caption: int, pair: int, budget: int) -> tuple[int, int]:
@@ -230,53 +271,86 @@ def _direction_of_sum(vectors: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _images(
-    own: slice, patches: Tensor, prefix: Tensor | None, logits: Tensor, keep_prob: Tensor | None, score: str
+    first: int,
+    score: str,
+    stable: bool,
+    patches: Tensor,
+    logits: Tensor,
+    prefix: Tensor | None,
+    keep_prob: Tensor | None,
 ) -> Images:
-    """Cut images out of the batch and prepare them."""
-    patches, logits = patches[own], logits[own]
-    prefix = patches[:, :0] if prefix is None else prefix[own]
-    keep_prob = None if keep_prob is None else keep_prob[own]
-    given = [patches, logits, prefix] if keep_prob is None else [patches, logits, prefix, keep_prob]
-    finite = torch.stack([x.isfinite().flatten(1).all(1) for x in given]).all(0)[:, None]
-    patches, logits, prefix = (torch.where(finite[..., None], x, 0.0) for x in (patches, logits, prefix))
-    largest = patches.detach().abs().amax((1, 2), keepdim=True)
-    scaled = patches / largest.clamp(min=torch.finfo(patches.dtype).tiny)
-    probes, self_scores = _probes(patches, score)
+    """Prepare images numbered from `first`."""
+    rows, logits = _rows(patches, score), logits.mT.contiguous()  # for the layout of what comes of them
+    prefix = patches[:, :0] if prefix is None else prefix
+    given = [logits, prefix] if keep_prob is None else [logits, prefix, keep_prob]
+    finite = torch.cat([rows.finite, *(x.isfinite().flatten(1).all(1, keepdim=True) for x in given)], dim=1)
+    finite = finite.all(1, keepdim=True)
+    logits, prefix = (_zero_unless(finite[..., None], x) for x in (logits, prefix))
+
+    highest = logits.max(-1, keepdim=True).values
+    # The stable form measures eps by it; in the hard form any constant would do.
+    exponentials = (logits - (highest if stable else highest.detach())).exp()
+    own_patches, norms = rows.scaled, rows.norms.to(patches.dtype)
+    if stable:
+        mean = own_patches.mean(1, keepdim=True)
+        own_patches = torch.cat([own_patches, mean], dim=1)
+        norms = torch.cat([norms, mean.detach().norm(dim=-1)], dim=1)
+        exponentials = F.pad(exponentials, (0, 1), value=EPS)
     return Images(
-        position=torch.arange(own.start, own.start + len(patches), device=patches.device)[:, None],
+        position=torch.arange(first, first + len(patches), device=patches.device)[:, None],
         finite=finite,
-        patches=patches,
-        scaled=scaled,
-        norms=scaled.detach().norm(dim=-1, keepdim=True),
+        rows=rows,
+        patches=own_patches,
+        norms=norms,
+        gram=own_patches @ own_patches.mT,
+        exponentials=exponentials,
+        logits=logits,
         prefix=_polar(prefix)[0],
-        logits=logits.mT,
-        keep_prob=None if keep_prob is None else torch.where(finite, keep_prob, 0.0),
-        probes=probes,
-        self_scores=self_scores,
+        keep_prob=None if keep_prob is None else _zero_unless(finite, keep_prob),
     )
 
 
-def _probes(patches: Tensor, score: str) -> tuple[Tensor, Tensor]:
-    """The vectors (b, N, C) that texts are compared with, and self scores a (b, N); float64, no gradient."""
-    wide = patches.detach().double()
+def _zero_unless(finite: Tensor, x: Tensor) -> Tensor:
+    """x where `finite`, which broadcasts against it, else 0."""
+    if not _traced(finite) and bool(finite.all()):
+        return x
+    return torch.where(finite, x, 0.0)
+
+
+def _rows(patches: Tensor, score: str) -> Rows:
+    """Scale the patches (b, N, C) and compute their norms and self scores."""
+    plain = patches.detach()
+    largest = torch.maximum(plain.amax((1, 2), keepdim=True), -plain.amin((1, 2), keepdim=True))
+    finite = largest.isfinite()
+    largest = torch.where(finite, largest, 1.0).clamp(min=torch.finfo(patches.dtype).tiny)
+    scale = 4 * torch.frexp(largest).mantissa / largest  # exactly 2^e, and never subnormal
+    scaled = _zero_unless(finite, patches) * scale
+    wide = scaled.detach().double()
+    norms = wide.norm(dim=-1)
     if score == "dot":
-        probes, mean = wide, wide.mean(1) / wide.shape[-1]
+        mean = wide.mean(1) / (scale.double().square().squeeze(1) * wide.shape[-1])
+        factors = torch.ones_like(norms)
+        text_factors = factors / scale.double().squeeze(2)
     else:
-        probes, lengths = _polar(wide)
-        mean = _direction_of_sum(wide, lengths)
-    return probes, (probes @ mean[..., None]).squeeze(-1)
+        mean = _direction_of_sum(wide, norms[..., None])
+        factors = text_factors = torch.where(norms > 0, 1 / norms, 0.0)
+    self_scores = (wide @ mean[..., None]).squeeze(-1) * factors
+    return Rows(finite.squeeze(2), scaled, norms, self_scores, text_factors)
 
 
 def _captions(words: Tensor, lengths: Tensor, first: int, score: str) -> Captions:
     """Prepare words (s, t, L, C) with lengths (s, t), numbered from `first`."""
     words, real, lengths, finite = _real_words(words, lengths)
-    wide = words.detach().double()
-    if score == "dot":
-        text = wide.sum(2) / (lengths[..., None] * wide.shape[-1])
-    else:
-        text = _direction_of_sum(wide, _polar(wide)[1])
+    units, sizes = _polar(words)
+    total = words.detach().double().sum(2)
+    direction, size = _polar(total, ZERO * sizes.detach().double().sum(2))
+    size = size.squeeze(-1) / (lengths * words.shape[-1]) if score == "dot" else torch.ones_like(size[..., 0])
     position = first + torch.arange(lengths.numel(), device=words.device).view_as(lengths)
-    return Captions(position, finite, real, lengths, _polar(words)[0], text)
+    packed, places = units.flatten(1, 2), None
+    if len(units) == 1 and not _traced(real):
+        places = real.flatten().nonzero().squeeze(1)
+        packed = packed.index_select(1, places)
+    return Captions(position, finite, real, lengths, units, packed, places, direction, size)
 
 
 def _real_words(words: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -298,12 +372,15 @@ def _real_words(words: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor,
 # ---- selection (LPS)
 
 
-def _selection_scores(
-    probes: Tensor, self_scores: Tensor, text: Tensor, keep_prob: Tensor | None, options: Options
-) -> Tensor:
+def _selection_scores(rows: Rows, captions: Captions, keep_prob: Tensor | None, options: Options) -> Tensor:
     """s (b, t, N), float64, with gradient to keep_prob (b, N) only."""
-    a = self_scores[:, None].expand(-1, text.shape[1], -1)
-    b = _products(text[:, :, None], probes).squeeze(2) if options.language_context else None
+    a = rows.self_scores[:, None].expand(-1, captions.lengths.shape[1], -1)
+    b = None
+    if options.language_context:
+        patches = rows.scaled.detach()
+        directions = captions.direction.to(patches.dtype).expand(len(patches), -1, -1)
+        products = torch.bmm(directions, patches.mT).double()
+        b = products * rows.text_factors[:, None] * captions.size[..., None]
     if keep_prob is None:
         return a if b is None else a + b
     context = _min_max(a) if b is None else (_min_max(a) + _min_max(b)) / 2
@@ -331,14 +408,16 @@ def _decide(scores: Tensor, images: Images, captions: Captions, options: Options
         z = z + logistic_noise(options.seed, images.position, captions.position, num_patches)
         hard = _top(z, k) if options.sampling == "topk" else z > 0
     soft = torch.sigmoid(z / options.temperature)
-    return (hard + (soft - soft.detach())).to(images.patches.dtype)
+    return (hard + (soft - soft.detach())).to(images.logits.dtype)
 
 
 def _top(values: Tensor, k: int) -> Tensor:
     """Whether a value is among the k highest of its row; ties go to the lower index."""
-    values = values.detach().masked_fill(values == 0, 0.0)  # a radix sort may tell -0.0 from 0.0
-    highest = values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, highest, True)
+    values = values.detach()
+    lowest = values.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    above, equal = values > lowest, values == lowest
+    room = k - above.sum(-1, keepdim=True)
+    return above | (equal & (equal.cumsum(-1) <= room))
 
 
 def logistic_noise(seed: int | Tensor, image: Tensor, caption: Tensor, num_patches: int) -> Tensor:
@@ -412,11 +491,13 @@ def _tokens(weights: Tensor, patches: Tensor) -> Tensor:
 # ---- alignment (SPA)
 
 
-def _products(words: Tensor, vectors: Tensor) -> Tensor:
-    """w_j . v_i (b, t, L, K) for words (s, t, L, C) and vectors (b, K, C)."""
-    s, t, length, c = words.shape
-    flat = words.reshape(t * length, c) if s == 1 else words.reshape(s, t * length, c)
-    return (flat @ vectors.mT).reshape(len(vectors), t, length, vectors.shape[1])
+def _products(captions: Captions, vectors: Tensor) -> Tensor:
+    """w_j . v_i (b, t, L, K) of the normalised words with vectors (b, K, C); padding is not multiplied."""
+    (_, t, length, _), (b, k, _) = captions.units.shape, vectors.shape
+    products = torch.bmm(captions.packed.expand(b, -1, -1), vectors.mT)
+    if captions.places is not None:
+        products = products.new_zeros(b, t * length, k).index_copy(1, captions.places, products)
+    return products.view(b, t, length, k)
 
 
 def _token_products(tokens: Tensor, words: Tensor) -> Tensor:
@@ -432,86 +513,135 @@ def _cosines(
     """u_m . w_j (b, t, M, L) for all tokens, prefix first and fused last; each pair's number of tokens."""
     all_kept = (decision == 1).all(-1)
     fuse = options.fusion and (_traced(all_kept) or not bool(all_kept.all()))
-    parts = [_products(captions.units, images.prefix).mT]
-    if _traced(all_kept):  # the tokens themselves, for which shapes need not depend on values
-        weights = _aggregation_weights(images.logits.double()[:, None], decision[:, :, None])
-        if fuse:
-            weights = torch.cat([weights, _fusion_weights(scores, decision)[:, :, None]], dim=2)
-        tokens = _tokens(weights.flatten(1, 2), images.patches).reshape(*weights.shape[:3], -1)
-        parts.append(_token_products(tokens, captions.units))
-    else:
-        align = _GramAlignment(images, captions, budget)
-        parts.append(align.aggregated(decision))
-        if fuse:
-            parts.append(align.fused(decision, scores))
+    vectors = torch.cat([images.patches, images.prefix], dim=1)
+    sizes = [images.patches.shape[1], images.prefix.shape[1]]
+    products, prefix = torch.split(_products(captions, vectors), sizes, dim=-1)
+    parts = [prefix.mT, _aggregated(images, captions, products, decision, budget)]
+    if fuse:
+        parts.append(_fused(images, captions, decision, scores, options, budget))
     cosines = torch.cat(parts, dim=2)
     counts = torch.full_like(all_kept, cosines.shape[2], dtype=torch.int64)
     return cosines, counts - all_kept.long() if fuse else counts
 
 
-class _GramAlignment:
-    """u_m . w_j = (sum_i e_i P_ij) / sqrt(e^T G e) for tokens with weights e over patches (identity 3)."""
+class _Squares(torch.autograd.Function):
+    """e^T G e (b, r) for e (b, r, N) and symmetric G (b, N, N), at half of autograd's cost."""
 
-    def __init__(self, images: Images, captions: Captions, budget: int) -> None:
-        self.images, self.captions, self.budget = images, captions, budget
-        self.products = _products(captions.units, images.scaled).mT  # P (b, t, N, L)
-        self.gram = images.scaled @ images.scaled.mT  # G (b, N, N)
+    @staticmethod
+    def forward(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
+        sums = torch.bmm(weights, gram)
+        return torch.linalg.vecdot(sums, weights), sums
 
-    def aggregated(self, decision: Tensor) -> Tensor:
-        """(b, t, N_c, L) of the aggregated tokens."""
-        logits = self.images.logits
-        highest = logits.max(-1, keepdim=True).values
-        if decision.dtype == torch.bool:
-            highest = highest.detach()  # any constant would do here
-        exponentials = (logits - highest).exp()  # once per image
-        weights = exponentials[:, None] * decision[:, :, None]
-        if decision.dtype != torch.bool:
-            weights = weights + EPS / logits.shape[-1]
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
 
-        def exact(i: int, chosen: Tensor, rows: Tensor) -> Tensor:
-            return _aggregation_weights(logits[i].double()[rows], decision[i, chosen][:, None])
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        weights, gram, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for gradients of gradients
+            sums = torch.bmm(weights, gram)
+        gradient = gradient[..., None]
+        return 2 * gradient * sums, torch.bmm(weights.mT, gradient * weights)
 
-        return self._align(weights, exact)
 
-    def fused(self, decision: Tensor, scores: Tensor) -> Tensor:
-        """(b, t, 1, L) of the fused token."""
-        weights = _fusion_weights(scores, decision)[:, :, None]
-        return self._align(weights.to(self.gram.dtype), lambda i, chosen, rows: weights[i, chosen])
+def _aggregated(
+    images: Images, captions: Captions, products: Tensor, decision: Tensor, budget: int
+) -> Tensor:
+    """u_m . w_j (b, t, N_c, L) of the aggregated tokens: (sum_i e_i P_ij) / sqrt(e^T G e) (identity 3).
 
-    def _align(self, weights: Tensor, exact: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
-        """(b, t, m, L) of m tokens given by e (b, t, m, N); `exact` as in `_repair`."""
-        flat = weights.flatten(1, 2)
-        square = ((flat @ self.gram) * flat).sum(-1).view(weights.shape[:3])
-        reach = (flat.detach() @ self.images.norms).view(weights.shape[:3])  # if all patches were aligned
-        doubtful = (square.detach() < CANCELLED * reach.square()) | (reach < UNDERFLOWED)
-        length = torch.where(doubtful, 1.0, square).sqrt()
-        return self._repair((weights @ self.products) / length[..., None], doubtful, exact)
+    products: P^T (b, t, L, N').
+    """
+    (b, t, n), (_, aggregated, padded), dtype = decision.shape, images.exponentials.shape, images.logits.dtype
+    chosen = F.pad(decision.to(dtype), (0, padded - n), value=1.0)  # the mean, where there is one
+    weights = images.exponentials[:, None] * chosen[:, :, None]
+    square: Tensor = _Squares.apply(weights.flatten(1, 2), images.gram)[0]  # type: ignore[no-untyped-call]
+    square = square.view(b, t, aggregated)
+    sums = torch.bmm(weights.flatten(0, 1), products.flatten(0, 1).mT).view(b, t, aggregated, -1)
 
-    def _repair(
-        self, cosines: Tensor, doubtful: Tensor, exact: Callable[[int, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Replace the doubtful rows (b, t, m) of cosines (b, t, m, L): their tokens are computed in float64.
+    terms = (images.exponentials.detach() * images.norms[:, None]).mT
+    most = torch.bmm(chosen.detach(), terms).square()  # the square if all patches were aligned,
+    least = torch.bmm(chosen.detach().square(), terms.square())  # and if they were orthogonal
+    floor, found = CANCELLED[dtype], square.detach()
+    doubtful = (found < floor * most) & ((found < 0.5 * least) | (found < 0.1 * floor * most))
+    underflowed = most < UNDERFLOWED**2
+    doubtful = doubtful | underflowed
+    unknown = (found <= torch.finfo(dtype).eps * most) | underflowed if _traced(found) else doubtful
+    inverse = torch.where(unknown, 0.0, torch.where(unknown, 1.0, square).sqrt().reciprocal())
 
-        `exact` gives the weights (q, r, N), in float64, of the tokens `rows` (q, r) of image i before the
-        captions `chosen` (q,).
-        """
-        patches, units = self.images.patches, self.captions.units
-        _, n, c = patches.shape
-        places, repaired = [], []
-        for i in doubtful.flatten(1).any(1).nonzero().flatten().tolist():
-            counts = doubtful[i].sum(-1)
-            most = int(counts.max())  # captions with fewer doubtful tokens get sound ones repaired as well
-            scratch = 32 * most * (n + c) + 2 * units[0, 0].numel() * units.element_size()  # per caption
-            step = max(1, self.budget // 2 // scratch)
-            for chosen in torch.split(counts.nonzero().flatten(), step):
-                rows = doubtful[i, chosen].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
-                weights = exact(i, chosen, rows)
-                tokens = _tokens(weights.flatten(0, 1)[None], patches[i : i + 1]).reshape(*rows.shape, c)
-                words = units[0 if len(units) == 1 else i, chosen]
-                repaired.append((tokens @ words.mT).flatten(0, 1))
-                place = torch.full_like(rows, i), chosen[:, None].expand_as(rows), rows
-                places.append(torch.stack(place).flatten(1))
-        return cosines.index_put(tuple(torch.cat(places, dim=1)), torch.cat(repaired)) if places else cosines
+    def exact(i: int, texts: Tensor, tokens: Tensor) -> Tensor:
+        return _aggregation_weights(images.logits[i].double()[tokens], decision[i, texts][:, None])
+
+    return _repair(sums * inverse[..., None], doubtful, exact, images, captions, budget)
+
+
+def _fused(
+    images: Images, captions: Captions, decision: Tensor, scores: Tensor, options: Options, budget: int
+) -> Tensor:
+    """u_m . w_j (b, t, 1, L) of the fused token, from the token itself."""
+    patches, norms = images.rows.scaled, images.rows.norms[..., None]
+    weights = _fusion_weights(scores, decision).to(patches.dtype)
+    tokens = torch.bmm(weights, patches)
+    square = tokens.square().sum(-1, keepdim=True)
+    found, most = square.detach(), torch.bmm(weights.detach(), norms.to(patches.dtype)).square()
+    # Cancellation takes only the root of what it takes of e^T G e.
+    underflowed = (most < UNDERFLOWED**2) & (decision != 1).any(-1, keepdim=True)
+    doubtful = (found < 0.1 * CANCELLED[patches.dtype] * most) | underflowed
+    unknown = (found <= torch.finfo(patches.dtype).eps ** 2 * most) | underflowed
+    unknown = unknown if _traced(found) else unknown | doubtful
+    tokens = tokens * torch.where(unknown, 0.0, torch.where(unknown, 1.0, square).sqrt().reciprocal())
+
+    def exact(i: int, texts: Tensor, tokens: Tensor) -> Tensor:
+        # What cancels amplifies errors of the weights too, so the scores are computed again as well.
+        rows = Rows(*(x[i : i + 1] for x in images.rows))
+        rows = rows._replace(scaled=rows.scaled.detach().double())
+        text = 0 if len(captions.units) == 1 else i
+        own = captions._replace(
+            lengths=captions.lengths[text, texts][None],
+            direction=captions.direction[text, texts][None],
+            size=captions.size[text, texts][None],
+        )
+        keep_prob = None if images.keep_prob is None else images.keep_prob[i : i + 1]
+        again = _selection_scores(rows, own, keep_prob, options)[0]
+        return _fusion_weights(again, decision[i, texts])[:, None]
+
+    cosines = _token_products(tokens[:, :, None], captions.units)
+    return _repair(cosines, doubtful, exact, images, captions, budget)
+
+
+def _repair(
+    cosines: Tensor,
+    doubtful: Tensor,
+    exact: Callable[[int, Tensor, Tensor], Tensor],
+    images: Images,
+    captions: Captions,
+    budget: int,
+) -> Tensor:
+    """Replace the doubtful rows (b, t, m) of cosines (b, t, m, L): their tokens are computed in float64.
+
+    `exact` gives the weights (q, r, N), in float64, of the tokens `rows` (q, r) of image i before the
+    captions `texts` (q,).
+    """
+    if _traced(doubtful) or not bool(doubtful.any()):
+        return cosines
+    patches, units = images.rows.scaled, captions.units
+    _, n, c = patches.shape
+    places, repaired = [], []
+    for i in doubtful.flatten(1).any(1).nonzero().flatten().tolist():
+        counts = doubtful[i].sum(-1)
+        most = int(counts.max())  # captions with fewer doubtful tokens get sound ones repaired as well
+        scratch = 32 * most * (n + c) + 2 * units[0, 0].numel() * units.element_size()  # per caption
+        step = max(1, budget // 4 // scratch)
+        for texts in torch.split(counts.nonzero().flatten(), step):
+            rows = doubtful[i, texts].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
+            weights = exact(i, texts, rows)
+            tokens = _tokens(weights.flatten(0, 1)[None], patches[i : i + 1]).reshape(*rows.shape, c)
+            words = units[0 if len(units) == 1 else i, texts]
+            repaired.append((tokens @ words.mT).flatten(0, 1))
+            place = torch.full_like(rows, i), texts[:, None].expand_as(rows), rows
+            places.append(torch.stack(place).flatten(1))
+    return cosines.index_put(tuple(torch.cat(places, dim=1)), torch.cat(repaired))
 
 
 def _reduce(cosines: Tensor, counts: Tensor, captions: Captions, options: Options) -> Tensor:
@@ -571,8 +701,9 @@ def _stage_scores(
 ) -> Tensor:
     """s (B_v, B_t, N), float64."""
     captions = _captions(words[None], word_lengths[None], 0, options.score)
-    scores = _selection_scores(*_probes(patches, options.score), captions.text, keep_prob, options)
-    return torch.where(captions.finite[..., None], scores, math.nan)
+    rows = _rows(patches, options.score)
+    scores = _selection_scores(rows, captions, keep_prob, options)
+    return torch.where((rows.finite & captions.finite)[..., None], scores, math.nan)
 
 
 @_full_precision
@@ -651,7 +782,7 @@ def max_sim(patches: Tensor, words: Tensor, word_lengths: Tensor, *, chunk: int 
         for t in range(0, captions, caption_step):
             texts = slice(t, t + caption_step)
             own_words, real, _, finite = _real_words(words[texts], word_lengths[texts])
-            best = _products(own_words[None], own).max(-1).values
+            best = (own_words.flatten(0, 1) @ own.mT).max(-1).values.view(len(own), len(own_words), -1)
             row.append(torch.where(own_finite & finite, torch.where(real, best, 0.0).sum(-1), math.nan))
         rows.append(torch.cat(row, dim=1))
     return torch.cat(rows)

@@ -40,6 +40,8 @@ pub(crate) struct PairTokens<T: Real> {
     pub inverse: Vec<T>,
     /// Which aggregated tokens were computed exactly.
     pub exact: Vec<ExactToken<T>>,
+    /// G w_m of the summed and other rows, stride `weight_stride`: filled for the gradient of [`Lengths::Gram`] only.
+    pub gram_rows: Buffer<T>,
     /// The aggregated tokens, (N_c, stride): filled for [`Lengths::Direct`] only.
     pub vectors: Buffer<T>,
     /// Whether the pair has a fused token.
@@ -67,6 +69,7 @@ impl<T: Real> PairTokens<T> {
             count: 0,
             inverse: Vec::new(),
             exact: Vec::new(),
+            gram_rows: zeros(0),
             vectors: zeros(0),
             has_fused: false,
             fused: zeros(0),
@@ -85,7 +88,7 @@ impl<T: Real> PairTokens<T> {
         self.summed.len() + self.others.len()
     }
 
-    /// Computes all of it for one pair; `all_rows` asks for the products of every patch.
+    /// Computes all of it for one pair; `for_gradient` also what only the backward pass looks at.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn compute<S: Simd>(
@@ -97,7 +100,7 @@ impl<T: Real> PairTokens<T> {
         options: &Options,
         lengths: Lengths,
         soft: bool,
-        all_rows: bool,
+        for_gradient: bool,
     ) {
         let n = decision.values.len();
         self.summed.clear();
@@ -106,7 +109,7 @@ impl<T: Real> PairTokens<T> {
             self.summed.push(n as u32);
         }
         self.others.clear();
-        if all_rows {
+        if for_gradient && soft {
             let absent = (0..n as u32).filter(|&i| decision.values[i as usize] == T::zero());
             self.others.extend(absent);
         }
@@ -114,7 +117,7 @@ impl<T: Real> PairTokens<T> {
         self.multiply_words(simd, image, text);
         self.gather_weights(image, decision, soft);
         self.sum_products(simd, image, text);
-        self.measure(simd, image, lengths);
+        self.measure(simd, image, lengths, for_gradient);
         self.normalise(image, text, decision, soft);
     }
 
@@ -266,7 +269,13 @@ impl<T: Real> PairTokens<T> {
 
     /// Squared lengths of the aggregated tokens.
     #[inline(always)]
-    fn measure<S: Simd>(&mut self, simd: S, image: &PreparedImage<'_, T>, lengths: Lengths) {
+    fn measure<S: Simd>(
+        &mut self,
+        simd: S,
+        image: &PreparedImage<'_, T>,
+        lengths: Lengths,
+        for_gradient: bool,
+    ) {
         let (aggregated, stride) = (image.logits.dim().1, image.weight_stride);
         reserve(&mut self.squares, stride);
         match lengths {
@@ -285,6 +294,28 @@ impl<T: Real> PairTokens<T> {
                 for m in 0..aggregated {
                     let token = &self.vectors[m * row..][..row];
                     self.squares[m] = dot(simd, token, token);
+                }
+            }
+            Lengths::Gram if for_gradient => {
+                let rows = self.summed.len() + self.others.len();
+                reserve(&mut self.gram_rows, rows * stride);
+                let width = aggregated.next_multiple_of(lanes::<S, T>());
+                // SAFETY: summed and other indices are rows of G, summed ones also columns; weights has a row for each of
+                // those, gram_rows one for each of all.
+                unsafe {
+                    let gram = image.gram.as_ptr();
+                    let indices = self.summed.iter().chain(&self.others).map(|&i| i as usize);
+                    let from: Vec<*const T> = indices.map(|i| gram.add(i * image.gram_stride)).collect();
+                    let out = self.gram_rows.as_mut_ptr();
+                    let to: Vec<*mut T> = (0..rows).map(|r| out.add(r * stride)).collect();
+                    let steps = GatherCoefficients { index: &self.summed, row: stride };
+                    combine(simd, &from, self.weights.as_ptr(), steps, &to, width, false);
+                }
+                self.squares[..stride].fill(T::zero());
+                let rows = self.weights.chunks_exact(stride).zip(self.gram_rows.chunks_exact(stride));
+                for (e, y) in rows.take(self.summed.len()) {
+                    let squares = self.squares[..stride].iter_mut();
+                    squares.zip(e).zip(y).for_each(|((q, &e), &y)| *q += e * y);
                 }
             }
             Lengths::Gram => {

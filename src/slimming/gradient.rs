@@ -19,7 +19,7 @@ use super::options::{Options, PairInput, Pairs, Selection, Sizes, shape};
 use super::prepare::{Lengths, PreparedImage, PreparedText, TextBlock, longest};
 use super::real::{Real, lanes, padded};
 use super::select::{PairSelection, straight_through};
-use super::simd::{Buffer, GatherCoefficients, GatherRows, Level, Strided, combine, dot, reserve, zeros};
+use super::simd::{Buffer, GatherRows, Level, Strided, combine, dot, reserve, zeros};
 use super::similarity::{Blocks, PairScratch, Saved, met};
 use crate::error::LapsError;
 
@@ -90,6 +90,7 @@ pub fn similarity_backward<T: Real>(
                         grad_scores,
                         grad_fraction,
                         met: met(input.pairs, i, &texts),
+                        first: input.pairs == Pairs::Diagonal || texts.start == 0,
                     };
                     let pairs = Level::current().dispatch(Dispatched { task, out, scratch });
                     image.keep_rows_only();
@@ -106,18 +107,23 @@ pub fn similarity_backward<T: Real>(
                 });
             });
         }
-        for (t, text) in block.texts.iter().enumerate() {
-            let mut rows = word_out.index_axis_mut(Axis(0), text.index);
-            for (j, mut row) in rows.rows_mut().into_iter().take(text.length).enumerate() {
-                if poisoned[t] {
-                    row.fill(T::nan());
-                    continue;
+        let mut outs = word_out.slice_mut(ndarray::s![texts, .., ..]);
+        let outs = outs.axis_iter_mut(Axis(0)).into_par_iter();
+        outs.zip(&block.texts).zip(&word_grads).zip(&poisoned).for_each(
+            |(((mut rows, text), grads), &poisoned)| {
+                for (j, mut row) in rows.rows_mut().into_iter().enumerate() {
+                    if j >= text.length {
+                        row.fill(T::zero());
+                    } else if poisoned {
+                        row.fill(T::nan());
+                    } else {
+                        let unit = &text.rows[j * stride..][..sizes.channels];
+                        let grad = &grads[j * stride..][..sizes.channels];
+                        through_unit(unit, grad, text.inverse[j], |c, x| row[c] = x);
+                    }
                 }
-                let unit = &text.rows[j * stride..][..sizes.channels];
-                let grad = &word_grads[t][j * stride..][..sizes.channels];
-                through_unit(unit, grad, text.inverse[j], |c, x| row[c] = x);
-            }
-        }
+            },
+        );
     }
     Ok(())
 }
@@ -191,15 +197,11 @@ struct ImageOut<'a, T> {
     mask: Option<ArrayViewMut2<'a, T>>,
 }
 
-/// Zeroes the outputs, and splits them into those of each image and that of the words.
+/// Splits the outputs into those of each image and that of the words; zeroes what pairs add to one by one.
 fn split<'a, 'v, T: Real>(
     out: &'a mut GradientsMut<'v, T>,
 ) -> (Vec<ImageOut<'a, T>>, &'a mut ArrayViewMut3<'v, T>) {
     let GradientsMut { patches, prefix, words, logits, keep_probability, mask } = out;
-    words.fill(T::zero());
-    patches.fill(T::zero());
-    prefix.fill(T::zero());
-    logits.fill(T::zero());
     keep_probability.iter_mut().for_each(|k| k.fill(T::zero()));
     mask.iter_mut().for_each(|m| m.fill(T::zero()));
     let mut keep = keep_probability.as_mut().map(|k| k.axis_iter_mut(Axis(0)));
@@ -352,6 +354,8 @@ struct ImageTask<'a, 'i, T: Real> {
     grad_scores: ArrayView2<'a, T>,
     grad_fraction: Option<ArrayView2<'a, T>>,
     met: Range<usize>,
+    /// Whether this is the image's first block of texts: outputs hold nothing yet.
+    first: bool,
 }
 
 struct Dispatched<'a, 'i, 'o, 's, T: Real> {
@@ -433,7 +437,7 @@ impl<T: Real> ImageTask<'_, '_, T> {
         let soft = self.input.selection.soft();
         let n = self.sizes.patches;
         let PairScratch { decision, tokens, .. } = &mut scratch.pair;
-        tokens.compute(simd, image, text, decision, options, self.lengths, soft, soft);
+        tokens.compute(simd, image, text, decision, options, self.lengths, soft, true);
         if soft {
             scratch.values.clear();
             scratch.values.resize(n, grad_fraction / T::of(n as f64));
@@ -668,27 +672,25 @@ impl<T: Real> ImageTask<'_, '_, T> {
                 token.iter().enumerate().for_each(|(c, &q)| scratch.square[c * stride + m] = q);
             }
         }
-        // SAFETY: indices are rows of the image and of G; weights has a row per summed row, the panel of tokens one per
-        // channel, products one per index, x_transposed one per word, weight_grads one per index.
+        // SAFETY: indices are rows of the image; the panel of tokens has a row per channel, products and weight_grads one per
+        // index, x_transposed one per word.
         unsafe {
             let out = scratch.weight_grads.as_mut_ptr();
             let to: Vec<*mut T> = (0..rows).map(|r| out.add(r * stride)).collect();
-            match self.lengths {
-                Lengths::Gram => {
-                    let gram = image.gram.as_ptr();
-                    let from: Vec<*const T> = indices().map(|i| gram.add(i * image.gram_stride)).collect();
-                    let steps = GatherCoefficients { index: &tokens.summed, row: stride };
-                    combine(simd, &from, tokens.weights.as_ptr(), steps, &to, width, false);
+            if self.lengths == Lengths::Direct {
+                let base = image.rows.as_ptr();
+                let from: Vec<*const T> = indices().map(|i| base.add(i * row_stride)).collect();
+                let steps = Strided { count: row_stride, coefficient: 1, row: stride };
+                combine(simd, &from, scratch.square.as_ptr(), steps, &to, width, false);
+                for row in scratch.weight_grads.chunks_exact_mut(stride).take(rows) {
+                    row.iter_mut().zip(scratch.shrink.iter()).for_each(|(y, &h)| *y *= h);
                 }
-                Lengths::Direct => {
-                    let base = image.rows.as_ptr();
-                    let from: Vec<*const T> = indices().map(|i| base.add(i * row_stride)).collect();
-                    let steps = Strided { count: row_stride, coefficient: 1, row: stride };
-                    combine(simd, &from, scratch.square.as_ptr(), steps, &to, width, false);
+            } else {
+                let from = tokens.gram_rows.chunks_exact(stride).take(rows);
+                for (row, from) in scratch.weight_grads.chunks_exact_mut(stride).zip(from) {
+                    let scaled = from.iter().zip(scratch.shrink.iter()).map(|(&y, &h)| y * h);
+                    row.iter_mut().zip(scaled).for_each(|(o, y)| *o = y);
                 }
-            }
-            for row in scratch.weight_grads.chunks_exact_mut(stride).take(rows) {
-                row.iter_mut().zip(scratch.shrink.iter()).for_each(|(y, &h)| *y *= h);
             }
             let products = tokens.products.as_ptr();
             let from: Vec<*const T> = (0..rows).map(|r| products.add(r * text.lanes)).collect();
@@ -739,11 +741,10 @@ impl<T: Real> ImageTask<'_, '_, T> {
             Lengths::Gram => {
                 let columns = padded::<T>(summed);
                 reserve(&mut scratch.shrunk, aggregated * columns);
-                for s in 0..summed {
-                    for m in 0..aggregated {
-                        let shrunk = tokens.weights[s * stride + m] * scratch.shrink[m];
-                        scratch.shrunk[m * columns + s] = shrunk;
-                    }
+                let transposed = scratch.shrunk.chunks_exact_mut(columns).zip(scratch.shrink.iter());
+                for (m, (row, &h)) in transposed.enumerate().take(aggregated) {
+                    let weights = tokens.weights.chunks_exact(stride).take(summed);
+                    row.iter_mut().zip(weights).for_each(|(o, w)| *o = w[m] * h);
                 }
                 const BLOCK: usize = 12;
                 reserve(&mut scratch.square, BLOCK * columns);
@@ -815,14 +816,18 @@ impl<T: Real> ImageTask<'_, '_, T> {
     #[inline(always)]
     fn finish<S: Simd>(&self, simd: S, mut sums: ImageSums<T>, out: &mut ImageOut<'_, T>) {
         let (image, sizes) = (self.image, self.sizes);
+        if self.first {
+            out.patches.fill(T::zero());
+            out.prefix.fill(T::zero());
+            out.logits.fill(T::zero());
+        }
         if sums.poisoned {
             out.patches.fill(T::nan());
             out.prefix.fill(T::nan());
             out.logits.fill(T::nan());
             out.keep_probability.iter_mut().for_each(|k| k.fill(T::nan()));
-            return;
         }
-        if !image.finite {
+        if sums.poisoned || !image.finite {
             return;
         }
         let (n, stride, channels) = (sizes.patches, image.stride, sizes.channels);
@@ -850,7 +855,10 @@ impl<T: Real> ImageTask<'_, '_, T> {
         let (patch_rows, rest) = sums.rows.split_at(n * stride);
         let mean = if summed > n { &rest[..channels] } else { &[] };
         for (mut row, grad) in out.patches.rows_mut().into_iter().zip(patch_rows.chunks_exact(stride)) {
-            row.iter_mut().zip(grad).for_each(|(o, &g)| *o += g * image.scale);
+            match row.as_slice_mut() {
+                Some(row) => row.iter_mut().zip(grad).for_each(|(o, &g)| *o += g * image.scale),
+                None => row.iter_mut().zip(grad).for_each(|(o, &g)| *o += g * image.scale),
+            }
             row.iter_mut().zip(mean).for_each(|(o, &g)| *o += g * share * image.scale);
         }
         for (p, mut row) in out.prefix.rows_mut().into_iter().enumerate() {

@@ -16,6 +16,7 @@ mod stages;
 
 pub use gradient::{Gradients, GradientsMut, similarity_backward};
 pub use max_sim::max_sim;
+#[cfg(feature = "python")]
 pub(crate) use options::shape;
 pub use options::{Directions, Options, PairInput, Pairs, Sampling, Score, Selection, Sizes};
 pub use real::Real;
