@@ -69,9 +69,11 @@ pub fn similarity_backward<T: Real>(
     for texts in blocks.text_ranges(sizes.texts) {
         let block = TextBlock::new(input, texts.clone(), options);
         let stride = padded::<T>(sizes.channels);
-        let mut word_grads: Vec<Buffer<T>> =
-            block.texts.iter().map(|text| zeros(text.length * stride)).collect();
-        let mut poisoned = vec![false; block.texts.len()];
+        let mut word_grads: Vec<WordGrad<T>> = block
+            .texts
+            .iter()
+            .map(|text| WordGrad { rows: zeros(text.length * stride), poisoned: false })
+            .collect();
         for images in blocks.image_ranges(sizes.images, input.pairs, &texts) {
             input.check_interrupt(operation)?;
             let done: Vec<ImageRecords<'_, T>> = image_outs[images.clone()]
@@ -97,33 +99,28 @@ pub fn similarity_backward<T: Real>(
                     ImageRecords { image, pairs }
                 })
                 .collect();
-            word_grads.par_iter_mut().zip(&mut poisoned).enumerate().for_each(|(t, (grad, poisoned))| {
-                Level::current().dispatch(WordTask {
-                    text: &block.texts[t],
-                    index: t,
-                    done: &done,
-                    grad,
-                    poisoned,
-                });
+            // A few texts at a time: an image's rows stay in cache for all of them.
+            let group = block.texts.len().div_ceil(4 * rayon::current_num_threads()).min(8);
+            let groups = word_grads.par_chunks_mut(group).zip(block.texts.par_chunks(group)).enumerate();
+            groups.for_each(|(g, (grads, texts))| {
+                Level::current().dispatch(WordTask { texts, first: g * group, done: &done, grads });
             });
         }
         let mut outs = word_out.slice_mut(ndarray::s![texts, .., ..]);
         let outs = outs.axis_iter_mut(Axis(0)).into_par_iter();
-        outs.zip(&block.texts).zip(&word_grads).zip(&poisoned).for_each(
-            |(((mut rows, text), grads), &poisoned)| {
-                for (j, mut row) in rows.rows_mut().into_iter().enumerate() {
-                    if j >= text.length {
-                        row.fill(T::zero());
-                    } else if poisoned {
-                        row.fill(T::nan());
-                    } else {
-                        let unit = &text.rows[j * stride..][..sizes.channels];
-                        let grad = &grads[j * stride..][..sizes.channels];
-                        through_unit(unit, grad, text.inverse[j], |c, x| row[c] = x);
-                    }
+        outs.zip(&block.texts).zip(&word_grads).for_each(|((mut rows, text), grads)| {
+            for (j, mut row) in rows.rows_mut().into_iter().enumerate() {
+                if j >= text.length {
+                    row.fill(T::zero());
+                } else if grads.poisoned {
+                    row.fill(T::nan());
+                } else {
+                    let unit = &text.rows[j * stride..][..sizes.channels];
+                    let grad = &grads.rows[j * stride..][..sizes.channels];
+                    through_unit(unit, grad, text.inverse[j], |c, x| row[c] = x);
                 }
-            },
-        );
+            }
+        });
     }
     Ok(())
 }
@@ -242,14 +239,20 @@ struct ImageRecords<'i, T: Real> {
     pairs: (Range<usize>, Vec<PairRecord<T>>),
 }
 
-/// The gradient of one text's unit words, over the images of a block.
+/// The gradient of one text's unit words, (l, stride).
+struct WordGrad<T: Real> {
+    rows: Buffer<T>,
+    /// Whether gradient came to a pair whose score is NaN.
+    poisoned: bool,
+}
+
+/// The gradients of a few texts over the images of a block, in the images' order.
 struct WordTask<'a, 'i, T: Real> {
-    text: &'a PreparedText<T>,
-    /// In the text block.
-    index: usize,
+    texts: &'a [PreparedText<T>],
+    /// Index of the first of them in the text block.
+    first: usize,
     done: &'a [ImageRecords<'i, T>],
-    grad: &'a mut Buffer<T>,
-    poisoned: &'a mut bool,
+    grads: &'a mut [WordGrad<T>],
 }
 
 impl<T: Real> WithSimd for WordTask<'_, '_, T> {
@@ -257,34 +260,36 @@ impl<T: Real> WithSimd for WordTask<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) {
-        let WordTask { text, index, done, grad, poisoned } = self;
+        let WordTask { texts, first, done, grads } = self;
         for ImageRecords { image, pairs: (met, records) } in done {
-            if !met.contains(&index) {
-                continue;
-            }
-            let (rows, coefficients, own) = match &records[index - met.start] {
-                PairRecord::Nothing => continue,
-                PairRecord::Poisoned => {
-                    *poisoned = true;
+            for (t, (text, grad)) in texts.iter().zip(grads.iter_mut()).enumerate() {
+                if !met.contains(&(first + t)) {
                     continue;
                 }
-                PairRecord::Rows { rows, coefficients, own } => (rows, coefficients, own),
-            };
-            let stride = image.stride;
-            // SAFETY: grad has `stride` elements per word, each coefficient row `lanes` >= words, and the indices are rows of
-            // the image; each own vector is one row.
-            unsafe {
-                let to = grad.as_mut_ptr();
-                let to: Vec<*mut T> = (0..text.length).map(|j| to.add(j * stride)).collect();
-                let columns = |c: &Buffer<T>| -> Vec<*const T> {
-                    let c = c.as_ptr();
-                    (0..text.length).map(|j| c.add(j)).collect()
+                let (rows, coefficients, own) = match &records[first + t - met.start] {
+                    PairRecord::Nothing => continue,
+                    PairRecord::Poisoned => {
+                        grad.poisoned = true;
+                        continue;
+                    }
+                    PairRecord::Rows { rows, coefficients, own } => (rows, coefficients, own),
                 };
-                let steps = GatherRows { index: rows, coefficient: text.lanes, stride };
-                combine(simd, &columns(coefficients), image.rows.as_ptr(), steps, &to, stride, true);
-                for (vector, coefficients) in own {
-                    let once = Strided { count: 1, coefficient: 0, row: 0 };
-                    combine(simd, &columns(coefficients), vector.as_ptr(), once, &to, stride, true);
+                let stride = image.stride;
+                // SAFETY: grad has `stride` elements per word, each coefficient row `lanes` >= words, and the indices are
+                // rows of the image; each own vector is one row.
+                unsafe {
+                    let to = grad.rows.as_mut_ptr();
+                    let to: Vec<*mut T> = (0..text.length).map(|j| to.add(j * stride)).collect();
+                    let columns = |c: &Buffer<T>| -> Vec<*const T> {
+                        let c = c.as_ptr();
+                        (0..text.length).map(|j| c.add(j)).collect()
+                    };
+                    let steps = GatherRows { index: rows, coefficient: text.lanes, stride };
+                    combine(simd, &columns(coefficients), image.rows.as_ptr(), steps, &to, stride, true);
+                    for (vector, coefficients) in own {
+                        let once = Strided { count: 1, coefficient: 0, row: 0 };
+                        combine(simd, &columns(coefficients), vector.as_ptr(), once, &to, stride, true);
+                    }
                 }
             }
         }
