@@ -136,6 +136,7 @@ def max_sim_table(result: Result) -> str:
         )
     first = result["shapes"][0]
     difference = max(entry["difference"] for entry in result["shapes"])
+    agreement = f"scores equal to {difference:.0e}" if difference else "scores equal bit for bit"
     header = (
         "documents x tokens x dim",
         f"maxsim-cpu {result['machine']['maxsim_cpu']}",
@@ -143,8 +144,7 @@ def max_sim_table(result: Result) -> str:
         "ratio",
     )
     return (
-        f"One query of {first['query_tokens']} tokens, float32, same arrays, largest difference of a score "
-        f"{difference:.0e}.\n\n"
+        f"One query of {first['query_tokens']} tokens, float32, the same arrays, {agreement}.\n\n"
         f"{markdown(header, rows)}\n\n{machine_line(result)}"
     )
 

@@ -303,7 +303,7 @@ def similarity(
             of them).
         temperature: of the soft value whose gradient the sampled D carries, > 0.
         return_kept_fraction: also return mean_i D_i per pair, for the ratio loss.
-        chunk: scratch memory in bytes; None for 64 MiB.
+        chunk: scratch memory in bytes; None for 48 MiB.
         backend: ``"auto"``, ``"torch"`` or ``"native"``; see the module's description.
 
     Returns:
@@ -403,7 +403,7 @@ def similarity_pairwise(
         sampling: ``"gumbel"`` or ``"topk"``.
         temperature: of the soft value, > 0.
         return_kept_fraction: also return mean_i D_i per pair.
-        chunk: scratch memory in bytes; None for 64 MiB.
+        chunk: scratch memory in bytes; None for 48 MiB.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Returns:

@@ -292,7 +292,7 @@ class LAPSHead(nn.Module):
         score: ``"cosine"``, or ``"dot"`` as equation 2 prints.
         sampling: ``"gumbel"`` or ``"topk"`` (keeps the budget exactly); paper variant in training.
         temperature: of the Gumbel softmax, > 0.
-        chunk: scratch memory of a call in bytes; None for 64 MiB.
+        chunk: scratch memory of a call in bytes; None for 48 MiB.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Parameters in the state dict: ``aggregation.scale``, ``aggregation.norm.*``, ``aggregation.fc1.*``,
@@ -517,7 +517,8 @@ class LAPSHead(nn.Module):
             "patches": patches,
             "words": words,
             "word_lengths": word_lengths,
-            "logits": self.aggregation.logits(patches),
+            # Of all tokens, prefix too: LayerNorm would copy the patches alone, forward and backward.
+            "logits": self.aggregation.logits(image_tokens)[:, self.num_prefix_tokens :],
             "prefix": prefix,
             "selection_ratio": 1.0 if self.selection == "none" else self.selection_ratio,
             "keep_prob": None if self.score is None else self._keep_prob(patches),

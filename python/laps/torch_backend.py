@@ -39,7 +39,7 @@ ZERO = 1e-12  # a vector shorter than this, or a sum shorter than this share of 
 # of sum_i (e_i |v_i|)^2, as for many patches in all directions, little cancels and a tenth will do.
 CANCELLED = {torch.float32: 1e-2, torch.float64: 1e-6}
 UNDERFLOWED = 1e-12  # where sum_i e_i |v_i| is below this, of patches scaled to about 1, e has too few digits
-SCRATCH = 64 * 2**20  # bytes
+SCRATCH = 48 * 2**20  # bytes
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 

@@ -73,7 +73,7 @@ impl Default for Options {
             score: Score::Cosine,
             sampling: Sampling::Gumbel,
             temperature: 1.0,
-            chunk: 64 << 20,
+            chunk: 48 << 20,
         }
     }
 }
