@@ -347,7 +347,6 @@ struct ImageSums<T: Real> {
 }
 
 /// One image and the texts that it meets.
-#[derive(Clone)]
 struct ImageTask<'a, 'i, T: Real> {
     input: &'a PairInput<'i, T>,
     sizes: &'a Sizes,
