@@ -31,7 +31,7 @@ fn main() {
         pairs: Pairs::All,
         interrupt: None,
     };
-    println!("{} on {threads} threads, {} words", Level::current().name(), lengths.sum());
+    println!("{} on {threads} threads, {} words", Level::current().unwrap().name(), lengths.sum());
     for _ in 0..8 {
         let start = Instant::now();
         let result = pool.install(|| similarity(&input, &Options::default(), false)).expect("valid input");

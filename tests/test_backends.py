@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -641,18 +642,30 @@ def check_native(level: str) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
+def run_at_level(level: str, code: str) -> subprocess.CompletedProcess[str]:
+    """Python code in its own process: the level of vector instructions is chosen once in each."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"LAPS_SIMD": level, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
 @pytest.mark.parametrize("level", ["scalar", "avx2"])
 def test_every_level_of_vector_instructions(level: str) -> None:
     if level not in functional._laps.build_info()["simd_available"]:
         pytest.skip(f"this processor has no {level}")
-    # The level is chosen once per process.
-    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"LAPS_SIMD": level, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-c", f"import test_backends; test_backends.check_native({level!r})"]
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    result = run_at_level(level, f"import test_backends; test_backends.check_native({level!r})")
     assert result.returncode == 0, result.stderr
+
+
+def test_unknown_level_is_refused() -> None:
+    code = (
+        "import laps, torch; one = torch.ones(1, 1, 1); laps.functional.max_sim(one, one, torch.tensor([1]))"
+    )
+    result = run_at_level("avx1024", code)
+    assert result.returncode != 0
+    assert "LapsValueError" in result.stderr
+    assert re.search(r"LAPS_SIMD .*\(expected one of .*scalar, got \"avx1024\"\)", result.stderr)
 
 
 class Rescored(torch.utils.data.Dataset[Tensor]):

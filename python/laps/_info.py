@@ -49,10 +49,14 @@ def info() -> Info:
     """Versions, instruction set, threads and backends of this installation.
 
     Returns:
-        An :class:`Info`: a mapping with the keys ``version``, ``simd`` (the instruction set chosen at run
-        time), the other entries of the native build, ``torch``, ``numpy``, ``python``, ``platform``,
-        ``threads`` (that a call uses now), ``cores``, ``backends`` (name to whether it is available, or why
-        not) and ``default_backend``.
+        An :class:`Info`: a mapping with the keys ``version``, ``simd`` (the instruction set in use: the
+        widest, or the one of ``simd_available`` that the environment variable ``LAPS_SIMD`` names), the
+        other entries of the native build, ``torch``, ``numpy``, ``python``, ``platform``, ``threads`` (that
+        a call uses now), ``cores``, ``backends`` (name to whether it is available, or why not) and
+        ``default_backend``.
+
+    Raises:
+        LapsValueError: ``LAPS_SIMD`` names no instruction set that this processor offers.
 
     Example:
         >>> import laps, torch

@@ -18,7 +18,7 @@ use crate::slimming::Level;
 fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
-    info.set_item("simd", Level::current().name())?;
+    info.set_item("simd", Level::current()?.name())?;
     let available: Vec<&str> = Level::available().into_iter().map(Level::name).collect();
     info.set_item("simd_available", available)?;
     info.set_item("features", ["python"])?;

@@ -57,6 +57,7 @@ pub fn similarity_backward<T: Real>(
     check(operation, input, &sizes, saved, grad_scores, grad_fraction, out)?;
     let (mut image_outs, word_out) = split(out);
     let element = size_of::<T>();
+    let level = Level::current()?;
     let longest = longest(input.word_lengths);
     let pair_rows = match input.selection {
         Selection::Scores => options.kept(sizes.patches),
@@ -80,7 +81,7 @@ pub fn similarity_backward<T: Real>(
                 .par_iter_mut()
                 .zip(images)
                 .map_init(Scratch::new, |scratch, (out, i)| {
-                    let mut image = PreparedImage::new(input, &sizes, i, options, lengths);
+                    let mut image = PreparedImage::new(level, input, &sizes, i, options, lengths);
                     let task = ImageTask {
                         input,
                         sizes: &sizes,
@@ -94,7 +95,7 @@ pub fn similarity_backward<T: Real>(
                         met: met(input.pairs, i, &texts),
                         first: input.pairs == Pairs::Diagonal || texts.start == 0,
                     };
-                    let pairs = Level::current().dispatch(Dispatched { task, out, scratch });
+                    let pairs = level.dispatch(Dispatched { task, out, scratch });
                     image.keep_rows_only();
                     ImageRecords { image, pairs }
                 })
@@ -103,7 +104,7 @@ pub fn similarity_backward<T: Real>(
             let group = block.texts.len().div_ceil(4 * rayon::current_num_threads()).min(8);
             let groups = word_grads.par_chunks_mut(group).zip(block.texts.par_chunks(group)).enumerate();
             groups.for_each(|(g, (grads, texts))| {
-                Level::current().dispatch(WordTask { texts, first: g * group, done: &done, grads });
+                level.dispatch(WordTask { texts, first: g * group, done: &done, grads });
             });
         }
         let mut outs = word_out.slice_mut(ndarray::s![texts, .., ..]);

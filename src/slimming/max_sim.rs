@@ -27,6 +27,7 @@ pub fn max_sim<T: Real>(
         return Err(LapsError::shape(operation, "patches", "(B_v >= 1, N >= 1, C >= 1)", got));
     }
     check_words(operation, &words, &word_lengths, channels)?;
+    let level = Level::current()?;
     let patches = patches.as_standard_layout();
     let flat = patches.as_slice().expect("in standard layout");
     let panels: Vec<Panel<T>> = words
@@ -46,7 +47,7 @@ pub fn max_sim<T: Real>(
             Vec::new,
             |best, (scores, panels)| {
                 let task = ScoreTexts { image, channels, finite, panels, scores, best };
-                Level::current().dispatch(task);
+                level.dispatch(task);
             },
         );
     });

@@ -228,13 +228,14 @@ impl<'a, T: Real> WithSimd for Prepare<'a, '_, T> {
 
 impl<'a, T: Real> PreparedImage<'a, T> {
     pub(crate) fn new(
+        level: Level,
         input: &PairInput<'a, T>,
         sizes: &Sizes,
         index: usize,
         options: &Options,
         lengths: Lengths,
     ) -> Self {
-        Level::current().dispatch(Prepare { input, sizes, index, options, lengths })
+        level.dispatch(Prepare { input, sizes, index, options, lengths })
     }
 
     #[inline(always)]

@@ -269,6 +269,7 @@ fn scored_pairs<T: Real>(
         return Err(LapsError::shape(operation, "patches", "(B_v >= 1, N >= 1, C >= 1)", got));
     }
     check_words(operation, &words, &word_lengths, channels)?;
+    let level = Level::current()?;
     let none = ArrayView3::from_shape((images, 0, channels), &[]).expect("an empty view");
     let flat = [T::zero()];
     let flat = ArrayView1::from(&flat);
@@ -289,11 +290,11 @@ fn scored_pairs<T: Real>(
     let block = TextBlock::new(&input, 0..sizes.texts, &options);
     let mut out = Array3::zeros((images, sizes.texts, n));
     out.axis_iter_mut(Axis(0)).into_par_iter().enumerate().for_each(|(i, mut rows)| {
-        let image = PreparedImage::new(&input, &sizes, i, &options, Lengths::Direct);
+        let image = PreparedImage::new(level, &input, &sizes, i, &options, Lengths::Direct);
         if !image.finite {
             return rows.fill(T::nan());
         }
-        let text_scores = Level::current().dispatch(TextScores { image: &image, block: &block });
+        let text_scores = level.dispatch(TextScores { image: &image, block: &block });
         let mut decision = Decision::default();
         for (t, mut row) in rows.rows_mut().into_iter().enumerate() {
             if block.texts[t].finite {

@@ -12,6 +12,7 @@ use aligned_vec::{AVec, ConstAlign};
 use pulp::{Scalar128b, Simd, WithSimd};
 
 use super::real::{Real, lanes};
+use crate::error::LapsError;
 
 /// A buffer whose rows of a padded stride start on cache lines.
 pub(crate) type Buffer<T> = AVec<T, ConstAlign<64>>;
@@ -55,14 +56,26 @@ impl Level {
         all
     }
 
-    /// The one in use: the widest, or the one that the environment variable `LAPS_SIMD` names.
-    pub fn current() -> Level {
-        static CURRENT: OnceLock<Level> = OnceLock::new();
-        *CURRENT.get_or_init(|| {
-            let wanted = std::env::var("LAPS_SIMD").unwrap_or_default();
+    /// The one in use: the widest, or the one that the environment variable `LAPS_SIMD` names when the process first
+    /// asks.
+    ///
+    /// # Errors
+    ///
+    /// [`LapsError::Value`] if the variable names none of [`Level::available`].
+    pub fn current() -> Result<Level, LapsError> {
+        static CURRENT: OnceLock<Result<Level, LapsError>> = OnceLock::new();
+        let choice = CURRENT.get_or_init(|| {
             let all = Level::available();
-            *all.iter().find(|level| level.name() == wanted).unwrap_or(&all[0])
-        })
+            let Some(wanted) = std::env::var_os("LAPS_SIMD").filter(|wanted| !wanted.is_empty()) else {
+                return Ok(all[0]);
+            };
+            all.iter().find(|level| wanted == level.name()).copied().ok_or_else(|| {
+                let names: Vec<_> = all.iter().map(|level| level.name()).collect();
+                let expected = format!("one of {}", names.join(", "));
+                LapsError::value("choice of instruction set", "LAPS_SIMD", expected, format!("{wanted:?}"))
+            })
+        });
+        choice.clone()
     }
 
     pub fn name(self) -> &'static str {

@@ -156,6 +156,7 @@ pub fn similarity<T: Real>(
     let operation = "similarity";
     options.check(operation)?;
     let sizes = input.check(operation)?;
+    let level = Level::current()?;
     let columns = sizes.columns(input.pairs);
     let pairs = (sizes.images, columns);
     let mut result = Similarity {
@@ -175,7 +176,7 @@ pub fn similarity<T: Real>(
             input.check_interrupt(operation)?;
             let prepared: Vec<_> = images
                 .into_par_iter()
-                .map(|i| PreparedImage::new(input, &sizes, i, options, blocks.lengths))
+                .map(|i| PreparedImage::new(level, input, &sizes, i, options, blocks.lengths))
                 .collect();
             // Tiles of texts, so that few images keep all threads busy.
             let tiles = (4 * rayon::current_num_threads()).div_ceil(prepared.len());
@@ -192,7 +193,7 @@ pub fn similarity<T: Real>(
                 .map_init(PairScratch::new, |scratch, (image, tile)| {
                     let lengths = blocks.lengths;
                     let task = ScoreTile { input, sizes: &sizes, options, lengths, image, block: &block };
-                    Level::current().dispatch(Dispatched { task, tile, save, scratch })
+                    level.dispatch(Dispatched { task, tile, save, scratch })
                 })
                 .collect();
             for tile in done {

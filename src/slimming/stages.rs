@@ -52,6 +52,7 @@ pub fn calibrate_patches<T: Real>(
         interrupt: None,
     };
     let sizes = input.check(operation)?;
+    let level = Level::current()?;
     let any_dropped = mask.iter().any(|&kept| !kept);
     let slots = sizes.tokens() - usize::from(!(fusion && any_dropped));
     let mut tokens = Array4::zeros((images, texts, slots, channels));
@@ -60,7 +61,7 @@ pub fn calibrate_patches<T: Real>(
     let options = Options { fusion, score: Score::Dot, ..Options::default() };
     tokens.axis_iter_mut(Axis(0)).into_par_iter().zip(counts.axis_iter_mut(Axis(0))).enumerate().for_each(
         |(i, (mut tokens, mut counts))| {
-            let image = PreparedImage::new(&input, &sizes, i, &options, Lengths::Direct);
+            let image = PreparedImage::new(level, &input, &sizes, i, &options, Lengths::Direct);
             let text = PreparedText::blank(channels);
             let (mut decision, mut pair) = (Decision::default(), PairTokens::new());
             for (t, mut tokens) in tokens.axis_iter_mut(Axis(0)).enumerate() {
@@ -72,7 +73,7 @@ pub fn calibrate_patches<T: Real>(
                     tokens.fill(T::nan());
                     continue;
                 }
-                Level::current().dispatch(ComputeTokens {
+                level.dispatch(ComputeTokens {
                     pair: &mut pair,
                     image: &image,
                     text: &text,
