@@ -235,7 +235,9 @@ def test_wrong_saved_tensors_are_refused_in_backward() -> None:
 
 
 LONG_CALL = """
+import signal
 import torch, laps
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
 torch.set_num_threads(2)
 patches, words, logits = torch.randn(200, 196, 256), torch.randn(4000, 30, 256), torch.randn(200, 196, 39)
 print("started", flush=True)
