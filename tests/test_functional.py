@@ -114,7 +114,7 @@ BAD: list[tuple[str, dict[str, Any], type[laps.LapsError], str]] = [
         "lengths_list",
         {"word_lengths": [1.0, 2.0, 3.0]},
         laps.LapsTypeError,
-        "word_lengths is no list of integers",
+        "word_lengths[0] is no integer (expected int, got float)",
     ),
     ("lengths_none", {"word_lengths": None}, laps.LapsTypeError, "word_lengths is no list of integers"),
     (
@@ -281,6 +281,7 @@ BAD: list[tuple[str, dict[str, Any], type[laps.LapsError], str]] = [
     ("score", {"score": "l2"}, laps.LapsValueError, "score is unknown"),
     ("sampling", {"sampling": None}, laps.LapsTypeError, "sampling is unknown"),
     ("slope", {"negative_slope": -0.1}, laps.LapsValueError, "negative_slope is out of range"),
+    ("slope_steep", {"negative_slope": 1.5}, laps.LapsValueError, "negative_slope is out of range"),
     ("slope_inf", {"negative_slope": math.inf}, laps.LapsValueError, "negative_slope is out of range"),
     ("weight", {"attention_weight": 1.1}, laps.LapsValueError, "attention_weight is out of range"),
     ("temperature", {"temperature": 0.0}, laps.LapsValueError, "temperature is out of range"),
@@ -551,6 +552,8 @@ def test_backend_is_the_argument_then_the_environment_then_native(
 
 def test_an_unknown_backend_in_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAPS_BACKEND", "fast")
+    with pytest.raises(laps.LapsValueError, match="info: LAPS_BACKEND is unknown"):
+        laps.info()
     with pytest.raises(laps.LapsValueError, match=r"similarity: LAPS_BACKEND is unknown .*got \'fast\'"):
         F.similarity(**make())
 

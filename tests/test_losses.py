@@ -421,6 +421,17 @@ BAD: list[tuple[Callable[[], Any], type[laps.LapsError], str]] = [
         "info_nce_loss: temperature has the wrong rank",
     ),
     (lambda: InfoNCELoss(-1), laps.LapsValueError, "InfoNCELoss: temperature is out of range"),
+    (lambda: InfoNCELoss(2), laps.LapsValueError, "InfoNCELoss: temperature is out of range"),
+    (
+        lambda: InfoNCELoss(0.005),
+        laps.LapsValueError,
+        "InfoNCELoss: temperature is out of range (expected 0.01 <= temperature <= 1, got 0.005",
+    ),
+    (
+        lambda: InfoNCELoss(0.05, max_scale=10),
+        laps.LapsValueError,
+        "InfoNCELoss: temperature is out of range (expected 0.1 <= temperature <= 1, got 0.05",
+    ),
     (lambda: InfoNCELoss(max_scale=0.5), laps.LapsValueError, "InfoNCELoss: max_scale is out of range"),
     (lambda: ratio_loss(S, 0.0), laps.LapsValueError, "ratio_loss: ratio is out of range"),
     (lambda: ratio_loss(S[:0], 0.5), laps.LapsValueError, "ratio_loss: kept_fraction is empty"),

@@ -344,9 +344,9 @@ def test_wrong_tokens_are_refused(variant: str) -> None:
     head = make(variant=variant)
     tokens, words, lengths = batch()
     for wrong, message in (
-        (tokens[:, 1:], r"16 tokens per image \(expected 1 prefix tokens \+ 16 patches = 17, got 16\)"),
-        (tokens[..., 1:], r"image_tokens has C=19 \(expected embed_dim=20, got 19\)"),
-        (tokens[0], r"image_tokens has the wrong rank \(expected 3: \(B_v, P \+ N, C\), got 2"),
+        (tokens[:, 1:], r"16 tokens per image \(expected 1 prefix tokens \+ 16 patches = 17\)"),
+        (tokens[..., 1:], r"image_tokens has C=19 \(expected embed_dim=20\)"),
+        (tokens[0], r"image_tokens has the wrong rank \(expected 3: \(B_v, P\+N, C\), got 2"),
         (tokens.double(), "image_tokens has dtype float64, but the head has dtype float32"),
         (tokens.bfloat16(), "image_tokens has dtype bfloat16, but the head has dtype float32"),
         (tokens.to("meta"), "image_tokens is on meta, but the head is on cpu"),
@@ -355,8 +355,19 @@ def test_wrong_tokens_are_refused(variant: str) -> None:
         for call in (head, head.pairwise):
             with pytest.raises(laps.LapsError, match=f"LAPSHead: .*{message}"):
                 call(wrong, words, lengths)
-    with pytest.raises(laps.LapsError, match="similarity: words has C=19, but patches has C=20"):
-        head(tokens, words[..., 1:], lengths)
+    for wrong, message in (
+        (words[..., 1:], r"word_tokens has C=19 \(expected embed_dim=20\)"),
+        (words[0], r"word_tokens has the wrong rank \(expected 3: \(B_t, L, C\), got 2"),
+        (words[:0], r"word_tokens has B_t=0 \(expected B_t >= 1, got \(0, "),
+        (words.double(), "word_tokens has dtype float64, but the head has dtype float32"),
+        (words.long(), "word_tokens has the wrong dtype"),
+        (words.to_sparse(), "word_tokens is not dense"),
+        (words.to("meta"), "word_tokens is on meta, but the head is on cpu"),
+        (words.numpy(), "word_tokens is no tensor"),
+        (words[1:], "word_lengths has B_t=4, but word_tokens has B_t=3"),
+    ):
+        with pytest.raises(laps.LapsError, match=f"LAPSHead: .*{message}"):
+            head(tokens, wrong, lengths)
 
 
 def test_keep_probability_needs_a_score_net() -> None:

@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch._C._functorch import TransformType as _TransformType
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 from .errors import LapsTypeError, LapsValueError
 
@@ -33,12 +36,27 @@ def name_of(value: object) -> str:
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else type(value).__name__
 
 
+def vmapped() -> bool:
+    """Whether `torch.vmap` is under way: values cannot be looked at."""
+    return any(level.key() == _TransformType.Vmap for level in _functorch.get_interpreter_stack() or ())
+
+
+def differentiated_otherwise() -> bool:
+    """Whether derivatives are taken by other means than ``backward()``: `torch.func.grad` and its kin, or
+    forward mode. The native operators do not take part in these, and would pass for constants."""
+    return forward_ad._current_level >= 0 or any(
+        level.key() in (_TransformType.Grad, _TransformType.Jvp)
+        for level in _functorch.get_interpreter_stack() or ()
+    )
+
+
 def readable(tensor: Tensor) -> bool:
     """Whether looking at the values is possible and free."""
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
         and not isinstance(tensor, FakeTensor)
+        and not vmapped()
     )
 
 
@@ -82,6 +100,7 @@ def to_tensors(operation: str, arguments: Mapping[str, object]) -> tuple[dict[st
                         "both",
                     )
                 )
+            dense(operation, name, value)
             tensors[name] = value
         elif value is None:
             tensors[name] = None
@@ -91,6 +110,15 @@ def to_tensors(operation: str, arguments: Mapping[str, object]) -> tuple[dict[st
             )
     as_numpy = bool(arrays) and all(value is None or name in arrays for name, value in arguments.items())
     return tensors, as_numpy
+
+
+def dense(operation: str, argument: str, tensor: Tensor) -> None:
+    """Refuse sparse, nested and other tensors whose elements do not lie in memory by strides."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = (
+            "a nested tensor" if tensor.is_nested else f"layout {str(tensor.layout).removeprefix('torch.')}"
+        )
+        raise LapsTypeError(message(operation, f"{argument} is not dense", "a strided tensor", layout))
 
 
 def required(operation: str, argument: str, tensor: Tensor | None) -> Tensor:
@@ -138,7 +166,7 @@ class Sizes:
                 )
             if size == 0 and name != may_be_empty:
                 raise LapsValueError(
-                    message(self.operation, f"{argument} has {name}=0", f"{name} >= 1", shape)
+                    message(self.operation, f"{argument} has {name}=0", f"{name} >= 1", tuple(shape))
                 )
 
     def __getitem__(self, name: str) -> int:
@@ -208,18 +236,33 @@ def fake_tensors(operation: str, tensors: Mapping[str, Tensor | None], *, needs_
 # ---- values
 
 
-def word_lengths(operation: str, value: object, captions: int, longest: int, device: torch.device) -> Tensor:
-    """The lengths as an int64 tensor (B_t,), on the CPU, or unchecked on the device of the others."""
+def word_lengths(
+    operation: str,
+    value: object,
+    captions: int,
+    longest: int,
+    device: torch.device,
+    *,
+    words: str = "words",
+    patches: str = "patches",
+) -> Tensor:
+    """The lengths as an int64 tensor (B_t,), on the CPU, or unchecked on the device of the others.
+
+    `words` and `patches` are what the caller calls those arguments.
+    """
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "iu":
             raise LapsTypeError(
                 message(operation, "word_lengths has the wrong dtype", "int64 or int32", value.dtype)
             )
+        if value.dtype == np.uint64:
+            value = np.minimum(value, np.uint64(np.iinfo(np.int64).max))
         lengths = torch.from_numpy(value.astype(np.int64))
     elif isinstance(value, Tensor):
+        dense(operation, "word_lengths", value)
         lengths = value
-    elif isinstance(value, Sequence) and all(_is_integer(length) for length in value):
-        lengths = torch.tensor([int(length) for length in value], dtype=torch.int64)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        lengths = _from_list(operation, value)
     else:
         raise LapsTypeError(
             message(
@@ -232,7 +275,7 @@ def word_lengths(operation: str, value: object, captions: int, longest: int, dev
         )
     if lengths.device.type != "cpu" and lengths.device != device:
         raise LapsValueError(
-            message(operation, f"word_lengths is on {lengths.device}, but patches is on {device}", "cpu")
+            message(operation, f"word_lengths is on {lengths.device}, but {patches} is on {device}", "cpu")
         )
     if lengths.dim() != 1:
         raise LapsValueError(
@@ -246,10 +289,10 @@ def word_lengths(operation: str, value: object, captions: int, longest: int, dev
     if lengths.shape[0] != captions:
         raise LapsValueError(
             message(
-                operation, f"word_lengths has B_t={lengths.shape[0]}, but words has B_t={captions}", "equal"
+                operation, f"word_lengths has B_t={lengths.shape[0]}, but {words} has B_t={captions}", "equal"
             )
         )
-    lengths = lengths.to(torch.int64).contiguous()
+    lengths = lengths.to(torch.int64).contiguous().resolve_neg()
     if readable(lengths):
         wrong = (lengths < 1) | (lengths > longest)
         if bool(wrong.any()):
@@ -263,6 +306,16 @@ def word_lengths(operation: str, value: object, captions: int, longest: int, dev
                 )
             )
     return lengths
+
+
+def _from_list(operation: str, lengths: Sequence[object]) -> Tensor:
+    for i, length in enumerate(lengths):
+        if not _is_integer(length):
+            raise LapsTypeError(
+                message(operation, f"word_lengths[{i}] is no integer", "int", name_of(length))
+            )
+    most = torch.iinfo(torch.int64).max
+    return torch.tensor([max(0, min(int(length), most)) for length in lengths], dtype=torch.int64)  # type: ignore[call-overload]
 
 
 def _is_integer(value: object) -> bool:
@@ -295,7 +348,8 @@ def mask_values(operation: str, mask: Tensor) -> None:
         return
     if mask.is_floating_point():
         probabilities(operation, "mask", mask)
-    empty = ~mask.detach().any(dim=-1)
+    # Rounding may have left values just below zero, which count as zero; NaN is the caller's NaN score.
+    empty = (mask.detach() <= 0).all(dim=-1)
     if bool(empty.any()):
         row = empty.nonzero()[0].tolist()
         raise LapsValueError(
@@ -387,7 +441,7 @@ def token_counts(operation: str, counts: Tensor, tokens: int, device: torch.devi
                 operation, f"token_counts is on {counts.device}, but tokens is on {device}", "the same device"
             )
         )
-    counts = counts.to(torch.int64).contiguous()
+    counts = counts.to(torch.int64).contiguous().resolve_neg()
     if readable(counts):
         wrong = (counts < 1) | (counts > tokens)
         if bool(wrong.any()):

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from . import _laps
+from . import _laps, functional
 
 __all__ = ["Info", "info"]
 
@@ -56,7 +56,8 @@ def info() -> Info:
         ``default_backend``.
 
     Raises:
-        LapsValueError: ``LAPS_SIMD`` names no instruction set that this processor offers.
+        LapsValueError: ``LAPS_SIMD`` names no instruction set that this processor offers, or
+            ``LAPS_BACKEND`` no backend.
 
     Example:
         >>> import laps, torch
@@ -78,6 +79,6 @@ def info() -> Info:
             "torch": True,
             "cuda": "not built yet (CUDA tensors take the torch backend)",
         },
-        default_backend=os.environ.get("LAPS_BACKEND") or "auto",
+        default_backend=functional.default_backend("info"),
     )
     return Info(entries)

@@ -5,12 +5,14 @@ channels, N_c aggregated tokens. All features are raw: normalisation belongs to 
 "identity" in the docstrings refer to the method's description: LPS (patch selection), SPC (calibration), SPA
 (alignment).
 
-Every function takes torch tensors, or NumPy arrays only (read-only ones too), and answers in kind. Errors are
-:class:`laps.LapsError`, each also a ``ValueError`` or a ``TypeError``, that name the argument.
+Every function takes torch tensors and NumPy arrays (read-only ones too), and answers in NumPy arrays if it
+got nothing else, in tensors otherwise. Errors are :class:`laps.LapsError`, each also a ``ValueError`` or a
+``TypeError``, that name the argument.
 
 Backends: ``"native"`` (Rust, CPU), ``"torch"`` (batched PyTorch, any device), and ``"auto"``: native wherever
 it runs. The argument ``backend`` wins over the environment variable ``LAPS_BACKEND``, which wins over
-``"auto"``.
+``"auto"``. Native has a backward pass and no other derivatives: inside ``torch.func.grad`` and its kin, and
+under forward mode, ``"auto"`` is torch.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from . import _check, _laps, ops, torch_backend
-from .errors import LapsValueError
+from .errors import LapsTypeError, LapsValueError
 
 __all__ = [
     "align_patches_words",
@@ -73,19 +75,47 @@ if TYPE_CHECKING:
 # ---- backends
 
 
+def default_backend(operation: str) -> str:
+    """What ``backend=None`` means."""
+    return _check.choice(operation, "LAPS_BACKEND", os.environ.get("LAPS_BACKEND") or "auto", BACKENDS)
+
+
 def _backend(operation: str, requested: str | None, device: torch.device) -> str:
     """``"native"`` or ``"torch"``."""
-    source = "backend"
     if requested is None:
-        source, requested = "LAPS_BACKEND", os.environ.get("LAPS_BACKEND") or "auto"
-    name = _check.choice(operation, source, requested, BACKENDS)
-    if name == "auto":
-        return "native" if device.type == "cpu" else "torch"
+        source, name = "LAPS_BACKEND", default_backend(operation)
+    else:
+        source, name = "backend", _check.choice(operation, "backend", requested, BACKENDS)
+    compiling = torch.compiler.is_compiling()
+    otherwise = not compiling and _check.differentiated_otherwise()
     if name == "native" and device.type != "cpu":
         raise LapsValueError(
             _check.message(operation, f'{source} is "native", which runs on the CPU', "cpu", device)
         )
+    if name == "native" and otherwise:
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f'{source} is "native", which has a backward pass only',
+                '"auto" or "torch" for forward mode and torch.func.grad',
+            )
+        )
+    if name == "auto":
+        name = "native" if device.type == "cpu" and not otherwise else "torch"
+    if name == "torch" and not compiling:
+        _refuse_vmap(operation)
     return name
+
+
+def _refuse_vmap(operation: str) -> None:
+    if _check.vmapped():
+        raise LapsTypeError(
+            _check.message(
+                operation,
+                "torch.vmap cannot map what looks at values",
+                "all images and captions in one call, or similarity and max_sim with the native backend",
+            )
+        )
 
 
 def _stage_backend(
@@ -94,7 +124,10 @@ def _stage_backend(
     """As `_backend`, but torch for gradients and tracing: the binding's stages are plain calls."""
     _check.fake_tensors(operation, tensors, needs_values=True)
     name = _backend(operation, requested, device)
-    return "torch" if torch.compiler.is_compiling() or _check.needs_grad(tensors.values()) else name
+    if torch.compiler.is_compiling():
+        return "torch"
+    _refuse_vmap(operation)
+    return "torch" if _check.needs_grad(tensors.values()) else name
 
 
 # ---- all pairs
@@ -135,7 +168,7 @@ def _pairs(
         "direction_reduction": _check.choice(
             operation, "direction_reduction", direction_reduction, DIRECTION_REDUCTIONS
         ),
-        "negative_slope": _check.number(operation, "negative_slope", negative_slope, 0.0),
+        "negative_slope": _check.number(operation, "negative_slope", negative_slope, 0.0, 1.0),
         "fusion": _check.flag(operation, "fusion", fusion),
         "language_context": _check.flag(operation, "language_context", language_context),
         "attention_weight": _check.number(operation, "attention_weight", attention_weight, 0.0, 1.0),
@@ -294,7 +327,7 @@ def similarity(
             caption, patch) only.
         directions: ``"both"``, ``"word_to_patch"`` (first term of S) or ``"patch_to_word"`` (second term).
         direction_reduction: ``"sum"`` or ``"mean"`` of the two directions.
-        negative_slope: slope of the leaky ReLU, >= 0; 1.0 switches it off.
+        negative_slope: slope of the leaky ReLU, in [0, 1]; 1.0 switches it off.
         fusion: whether dropped patches form the fused token r.
         language_context: whether the text score b takes part in s.
         attention_weight: beta, in [0, 1]; paper variant only.
@@ -395,7 +428,7 @@ def similarity_pairwise(
         seed: as in :func:`similarity`; the noise of pair i is that of image i with caption i.
         directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
         direction_reduction: ``"sum"`` or ``"mean"``.
-        negative_slope: slope of the leaky ReLU, >= 0.
+        negative_slope: slope of the leaky ReLU, in [0, 1].
         fusion: whether dropped patches form the fused token.
         language_context: whether the text takes part in the selection.
         attention_weight: beta, in [0, 1]; paper variant only.
@@ -675,7 +708,7 @@ def align_patches_words(
         token_counts: (B_v, B_t), int64, how many of the M tokens each pair has, in 1..M; None for all.
         directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
         direction_reduction: ``"sum"`` or ``"mean"``.
-        negative_slope: slope of the leaky ReLU, >= 0.
+        negative_slope: slope of the leaky ReLU, in [0, 1].
         backend: ``"auto"``, ``"torch"`` or ``"native"``. Gradients always take the torch path.
 
     Returns:
@@ -697,7 +730,7 @@ def align_patches_words(
     operation = "align_patches_words"
     _check.choice(operation, "directions", directions, DIRECTIONS)
     _check.choice(operation, "direction_reduction", direction_reduction, DIRECTION_REDUCTIONS)
-    slope = _check.number(operation, "negative_slope", negative_slope, 0.0)
+    slope = _check.number(operation, "negative_slope", negative_slope, 0.0, 1.0)
     given, as_numpy = _check.to_tensors(
         operation, {"tokens": tokens, "words": words, "token_counts": token_counts}
     )

@@ -354,7 +354,7 @@ class InfoNCELoss(nn.Module):
     use (a clamp inside the graph would stop its gradient for good once it went too far).
 
     Args:
-        temperature: the initial tau, > 0.
+        temperature: the initial tau, in [1 / max_scale, 1].
         max_scale: the highest 1 / tau, >= 1.
 
     Raises:
@@ -370,8 +370,8 @@ class InfoNCELoss(nn.Module):
 
     def __init__(self, temperature: float = 0.07, *, max_scale: float = 100.0) -> None:
         super().__init__()
-        temperature = _check.number("InfoNCELoss", "temperature", temperature, 0.0, open_low=True)
         self.max_scale = _check.number("InfoNCELoss", "max_scale", max_scale, 1.0)
+        temperature = _check.number("InfoNCELoss", "temperature", temperature, 1 / self.max_scale, 1.0)
         self.log_scale = nn.Parameter(torch.tensor(-math.log(temperature)))
 
     @property

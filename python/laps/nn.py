@@ -196,7 +196,7 @@ class PatchWordAlignment(nn.Module):
     Args:
         directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
         direction_reduction: ``"sum"`` or ``"mean"`` of the two.
-        negative_slope: slope of the leaky ReLU, >= 0; 1.0 switches it off.
+        negative_slope: slope of the leaky ReLU, in [0, 1]; 1.0 switches it off.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Raises:
@@ -225,7 +225,7 @@ class PatchWordAlignment(nn.Module):
         self.direction_reduction = _check.choice(
             operation, "direction_reduction", direction_reduction, F.DIRECTION_REDUCTIONS
         )
-        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0)
+        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0, 1.0)
         self.backend = _check_backend(operation, backend)
 
     def forward(
@@ -283,7 +283,8 @@ class LAPSHead(nn.Module):
         directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
         direction_reduction: ``"sum"`` or ``"mean"`` of the two directions; scores lie within [-2, 2] or [-1,
             1].
-        negative_slope: slope of the leaky ReLU, >= 0; 1.0 is no leaky ReLU. None: 0.1 released, 1.0 paper.
+        negative_slope: slope of the leaky ReLU, in [0, 1]; 1.0 is no leaky ReLU. None: 0.1 released, 1.0
+            paper.
         selection: what patches are selected by: ``"text"`` (image and text), ``"image"`` (the image alone),
             ``"none"`` (all are kept, N_c unchanged, no fused token, no score net).
         fusion: whether dropped patches form the fused token.
@@ -352,7 +353,7 @@ class LAPSHead(nn.Module):
         )
         if negative_slope is None:
             negative_slope = 1.0 if self.variant == "paper" else 0.1
-        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0)
+        self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0, 1.0)
         self.selection = _check.choice(operation, "selection", selection, SELECTIONS)
         self.attention_weight = _check.number(operation, "attention_weight", attention_weight, 0.0, 1.0)
         self.selection_score = _check.choice(operation, "score", score, F.SCORES)
@@ -500,7 +501,10 @@ class LAPSHead(nn.Module):
         names += ["num_prefix_tokens", "directions", "direction_reduction", "negative_slope", "selection"]
         if self.score is not None:
             names += ["attention_weight", "sampling", "temperature"]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        options = [f"{name}={getattr(self, name)!r}" for name in names]
+        rare = [("score", self.selection_score, "cosine"), ("chunk", self.chunk, None)]
+        rare.append(("backend", self.backend, None))
+        return ", ".join(options + [f"{name}={value!r}" for name, value, usual in rare if value != usual])
 
     def _keep_prob(self, patches: Tensor) -> Tensor:
         assert self.score is not None
@@ -512,6 +516,16 @@ class LAPSHead(nn.Module):
     ) -> dict[str, Any]:
         """What `forward` and `pairwise` pass on alike; draws the seed."""
         prefix, patches = self._split(image_tokens)
+        self._check_tokens("word_tokens", words, "B_t L C")
+        word_lengths = _check.word_lengths(
+            "LAPSHead",
+            word_lengths,
+            words.shape[0],
+            words.shape[1],
+            words.device,
+            words="word_tokens",
+            patches="image_tokens",
+        )
         sampled = self.score is not None and self.training
         return {
             "patches": patches,
@@ -540,45 +554,17 @@ class LAPSHead(nn.Module):
 
     def _split(self, image_tokens: Tensor) -> tuple[Tensor | None, Tensor]:
         """Prefix tokens (B_v, P, C), or None where P = 0, and patches (B_v, N, C)."""
-        operation, p, n, c = "LAPSHead", self.num_prefix_tokens, self.num_patches, self.embed_dim
-        if not isinstance(image_tokens, Tensor):
-            raise LapsTypeError(
-                _check.message(
-                    operation, "image_tokens is no tensor", "torch.Tensor", _check.name_of(image_tokens)
-                )
-            )
-        shape = tuple(image_tokens.shape)
-        if len(shape) != 3:
+        operation, p, n = "LAPSHead", self.num_prefix_tokens, self.num_patches
+        self._check_tokens("image_tokens", image_tokens, "B_v P+N C")
+        if image_tokens.shape[1] != p + n:
             raise LapsValueError(
                 _check.message(
                     operation,
-                    "image_tokens has the wrong rank",
-                    "3: (B_v, P + N, C)",
-                    f"{len(shape)}: {shape}",
-                )
-            )
-        if shape[1] != p + n:
-            raise LapsValueError(
-                _check.message(
-                    operation,
-                    f"image_tokens has {shape[1]} tokens per image",
+                    f"image_tokens has {image_tokens.shape[1]} tokens per image",
                     f"{p} prefix tokens + {n} patches = {p + n}",
-                    shape[1],
                 )
-            )
-        if shape[2] != c:
-            raise LapsValueError(
-                _check.message(operation, f"image_tokens has C={shape[2]}", f"embed_dim={c}", shape[2])
             )
         weight = self.aggregation.fc1.weight
-        if image_tokens.device != weight.device:
-            raise LapsValueError(
-                _check.message(
-                    operation,
-                    f"image_tokens is on {image_tokens.device}, but the head is on {weight.device}",
-                    "the same device",
-                )
-            )
         if image_tokens.dtype != weight.dtype and not _autocast(image_tokens):
             raise LapsTypeError(
                 _check.message(
@@ -593,6 +579,30 @@ class LAPSHead(nn.Module):
         # One split and not two slices: its gradient is one concatenation.
         prefix, patches = image_tokens.split([p, n], dim=1)  # type: ignore[no-untyped-call]
         return prefix, patches
+
+    def _check_tokens(self, name: str, tokens: Tensor, dims: str) -> None:
+        """What both kinds of tokens must be beside this head, by the names that its caller knows."""
+        operation, weight = "LAPSHead", self.aggregation.fc1.weight
+        if not isinstance(tokens, Tensor):
+            raise LapsTypeError(
+                _check.message(operation, f"{name} is no tensor", "torch.Tensor", _check.name_of(tokens))
+            )
+        _check.dense(operation, name, tokens)
+        _check.Sizes(operation).match(name, tokens, dims)
+        if tokens.shape[2] != self.embed_dim:
+            raise LapsValueError(
+                _check.message(operation, f"{name} has C={tokens.shape[2]}", f"embed_dim={self.embed_dim}")
+            )
+        if tokens.device != weight.device:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"{name} is on {tokens.device}, but the head is on {weight.device}",
+                    "the same device",
+                )
+            )
+        _check.common_dtype(operation, {"the head": weight, name: tokens})
+        _check.fake_tensors(operation, {name: tokens, "the head": weight})
 
 
 def _autocast(tensor: Tensor) -> bool:

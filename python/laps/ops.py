@@ -66,8 +66,9 @@ def native_tensor(tensor: Tensor) -> Tensor: ...
 @overload
 def native_tensor(tensor: Tensor | None) -> Tensor | None: ...
 def native_tensor(tensor: Tensor | None) -> Tensor | None:
-    """What the binding takes: no autograd history (DLPack refuses it). Strides are read as they are."""
-    return None if tensor is None else tensor.detach()
+    """What the binding takes: no autograd history (DLPack refuses it), and no sign that is still to be
+    applied (DLPack would lose it). Strides are read as they are."""
+    return None if tensor is None else tensor.detach().resolve_neg()
 
 
 def _seed_word(seed: Tensor | None) -> int | None:

@@ -16,7 +16,8 @@ cancel or weights underflow, are computed again, in float64 (`_repair`). Not so 
 for no shape may depend on values then: such tokens keep the error of the form e^T G e there, and a token is
 zero once its patches cancel, or its kept logits lie below the image's highest, as far as the dtype can tell.
 What is not finite becomes zero on the way in and NaN on the way out (`_score`), so it spoils neither scores
-nor gradients of other pairs.
+nor gradients of other pairs. A matrix product may round each of its rows differently, so equal patches take
+the selection scores of the first of them (`_twins`), or noise would break their ties.
 """
 
 from __future__ import annotations
@@ -33,13 +34,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from . import _check
+
 EPS = 1e-6  # floor of the stable weights, and clamp of the probabilities
 ZERO = 1e-12  # a vector shorter than this, or a sum shorter than this share of its terms, counts as zero
 # Where e^T G e is below this share of (sum_i e_i |v_i|)^2, it has too few digits; where it is at least half
 # of sum_i (e_i |v_i|)^2, as for many patches in all directions, little cancels and a tenth will do.
 CANCELLED = {torch.float32: 1e-2, torch.float64: 1e-6}
 UNDERFLOWED = 1e-12  # where sum_i e_i |v_i| is below this, of patches scaled to about 1, e has too few digits
+CONSTANT = 16  # epsilons of its largest value: what a row of scores must spread to count as more than noise
 SCRATCH = 48 * 2**20  # bytes
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -69,6 +74,7 @@ class Rows(NamedTuple):
     norms: Tensor  # (b, N) float64 of the scaled patches, no gradient
     self_scores: Tensor  # (b, N) float64, no gradient
     text_factors: Tensor  # (b, N) float64, what makes a text score of the product with a text's direction
+    twins: Tensor  # (b, N) int64, the first patch of the image that is equal to this one
 
 
 class Images(NamedTuple):
@@ -136,6 +142,7 @@ def similarity(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Scores and kept fractions (B_v, B_t); arguments as in :func:`laps.functional.similarity`."""
+    patches = _saturated(patches, torch.finfo(patches.dtype).max)
     given, budget = Options(**options), _budget(chunk, patches)
     image_step, caption_step = _chunk_sizes(patches, words, logits, prefix, budget)
     batches = _split(image_step, patches, logits, prefix, keep_prob, mask)
@@ -166,6 +173,7 @@ def similarity_pairwise(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Scores and kept fractions (B,) of image i with text i; mask (B, N)."""
+    patches = _saturated(patches, torch.finfo(patches.dtype).max)
     given, budget = Options(**options), _budget(chunk, patches)
     step, _ = _chunk_sizes(patches, words, logits, prefix, budget, pairwise=True)
     batches = _split(step, patches, logits, prefix, keep_prob, mask, words, word_lengths)
@@ -252,6 +260,19 @@ def _fit(images: int, captions: int, image: int, caption: int, pair: int, budget
     return images, captions
 
 
+def _saturated(x: Tensor, limit: float) -> Tensor:
+    """x, whose gradient is kept within +-limit (not when traced, where no token is computed again).
+
+    A zero patch that all but takes the weight of a token has a gradient as large as its weight is larger than
+    that of the others, which no float32 may hold; infinities would become NaN in the network behind.
+    """
+    if _traced(x) or not x.requires_grad:
+        return x
+    x = x.view_as(x)
+    x.register_hook(functools.partial(torch.clamp, min=-limit, max=limit))  # type: ignore[no-untyped-call]
+    return x
+
+
 # ---- one side only
 
 
@@ -325,6 +346,7 @@ def _rows(patches: Tensor, score: str) -> Rows:
     largest = torch.where(finite, largest, 1.0).clamp(min=torch.finfo(patches.dtype).tiny)
     scale = 4 * torch.frexp(largest).mantissa / largest  # exactly 2^e, and never subnormal
     scaled = _zero_unless(finite, patches) * scale
+    twins = _twins(scaled.detach())
     wide = scaled.detach().double()
     norms = wide.norm(dim=-1)
     if score == "dot":
@@ -334,8 +356,17 @@ def _rows(patches: Tensor, score: str) -> Rows:
     else:
         mean = _direction_of_sum(wide, norms[..., None])
         factors = text_factors = torch.where(norms > 0, 1 / norms, 0.0)
-    self_scores = (wide @ mean[..., None]).squeeze(-1) * factors
-    return Rows(finite.squeeze(2), scaled, norms, self_scores, text_factors)
+    self_scores = ((wide @ mean[..., None]).squeeze(-1) * factors).gather(1, twins)
+    return Rows(finite.squeeze(2), scaled, norms, self_scores, text_factors, twins)
+
+
+def _twins(patches: Tensor) -> Tensor:
+    """The first row (b, N) that is equal to each row of patches (b, N, C)."""
+    bits = torch.where(patches == 0, 0.0, patches).view(torch.int32)  # 0.0 and -0.0 are equal
+    # Sums of integers do not round, so equal rows have equal sums, and others have not but once in 2^33.
+    factors = _mix(torch.arange(1, bits.shape[-1] + 1, device=bits.device) * _signed(GOLDEN))
+    sums = (bits * factors).sum(-1)
+    return (sums[:, :, None] == sums[:, None]).to(torch.uint8).argmax(-1)
 
 
 def _captions(words: Tensor, lengths: Tensor, first: int, score: str) -> Captions:
@@ -381,17 +412,21 @@ def _selection_scores(rows: Rows, captions: Captions, keep_prob: Tensor | None, 
         directions = captions.direction.to(patches.dtype).expand(len(patches), -1, -1)
         products = torch.bmm(directions, patches.mT).double()
         b = products * rows.text_factors[:, None] * captions.size[..., None]
+        b = b.gather(2, rows.twins[:, None].expand_as(b))
     if keep_prob is None:
         return a if b is None else a + b
-    context = _min_max(a) if b is None else (_min_max(a) + _min_max(b)) / 2
+    noise = CONSTANT * torch.finfo(rows.scaled.dtype).eps
+    context = _min_max(a, noise) if b is None else (_min_max(a, noise) + _min_max(b, noise)) / 2
     beta = options.attention_weight
     return (1 - beta) * keep_prob.double()[:, None] + beta * context
 
 
-def _min_max(x: Tensor) -> Tensor:
-    """x (..., N) scaled to [0, 1]; zeros where it is constant."""
+def _min_max(x: Tensor, noise: float) -> Tensor:
+    """x (..., N) scaled to [0, 1]; zeros where it is constant but for `noise`, as a share of its largest."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-    return (x - low) / torch.where(high > low, high - low, 1.0)
+    spread = high - low
+    constant = spread <= noise * torch.maximum(high, -low)
+    return torch.where(constant, 0.0, (x - low) / torch.where(constant, 1.0, spread))
 
 
 def _decide(scores: Tensor, images: Images, captions: Captions, options: Options) -> Tensor:
@@ -429,7 +464,7 @@ def logistic_noise(seed: int | Tensor, image: Tensor, caption: Tensor, num_patch
         caption: (s, t) int64.
         num_patches: N.
     """
-    golden = _signed(0x9E3779B97F4A7C15)
+    golden = _signed(GOLDEN)
     patch = torch.arange(num_patches, device=image.device)
     start = seed.to(image.device) if isinstance(seed, Tensor) else torch.full_like(image, _signed(seed))
     state = _mix(start + golden)
@@ -482,10 +517,16 @@ def _fusion_weights(scores: Tensor, decision: Tensor) -> Tensor:
 
 
 def _tokens(weights: Tensor, patches: Tensor) -> Tensor:
-    """l2(sum_i w_i v_i) (b, r, C) for weights (b, r, N) and patches (b, N, C), computed in float64."""
-    weights, wide = weights.double(), patches.double()
-    reach = weights.detach() @ _polar(wide.detach())[1]
-    return _polar(weights @ wide, ZERO * reach)[0].to(patches.dtype)
+    """l2(sum_i w_i v_i) (r, C) for weights (r, N) and patches (N, C), float64."""
+    reach = weights.detach() @ _polar(patches.detach())[1]
+    # What no float64 holds in full is zero as well.
+    return _polar(weights @ patches, (ZERO * reach).clamp(min=torch.finfo(torch.float64).tiny))[0]
+
+
+def _wide(patches: Tensor) -> Tensor:
+    """The patches in float64, for tokens whose weights reach beyond the range of float32."""
+    # A sixteenth leaves room for sums over the few tokens and chunks that saturate at once.
+    return _saturated(patches.double(), torch.finfo(patches.dtype).max / 16)
 
 
 # ---- alignment (SPA)
@@ -524,8 +565,16 @@ def _cosines(
     return cosines, counts - all_kept.long() if fuse else counts
 
 
+def _squares(weights: Tensor, gram: Tensor) -> Tensor:
+    """e^T G e (b, r) for e (b, r, N) and symmetric G (b, N, N)."""
+    if not torch.compiler.is_compiling() and _check.differentiated_otherwise():
+        return (torch.bmm(weights, gram) * weights).sum(-1)
+    squares: Tensor = _Squares.apply(weights, gram)[0]  # type: ignore[no-untyped-call]
+    return squares
+
+
 class _Squares(torch.autograd.Function):
-    """e^T G e (b, r) for e (b, r, N) and symmetric G (b, N, N), at half of autograd's cost."""
+    """The squares at half of autograd's cost; a backward pass only, as the compiler wants it."""
 
     @staticmethod
     def forward(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -556,8 +605,7 @@ def _aggregated(
     (b, t, n), (_, aggregated, padded), dtype = decision.shape, images.exponentials.shape, images.logits.dtype
     chosen = F.pad(decision.to(dtype), (0, padded - n), value=1.0)  # the mean, where there is one
     weights = images.exponentials[:, None] * chosen[:, :, None]
-    square: Tensor = _Squares.apply(weights.flatten(1, 2), images.gram)[0]  # type: ignore[no-untyped-call]
-    square = square.view(b, t, aggregated)
+    square = _squares(weights.flatten(1, 2), images.gram).view(b, t, aggregated)
     sums = torch.bmm(weights.flatten(0, 1), products.flatten(0, 1).mT).view(b, t, aggregated, -1)
 
     terms = (images.exponentials.detach() * images.norms[:, None]).mT
@@ -629,14 +677,14 @@ def _repair(
     _, n, c = patches.shape
     places, repaired = [], []
     for i in doubtful.flatten(1).any(1).nonzero().flatten().tolist():
-        counts = doubtful[i].sum(-1)
+        wide, counts = _wide(patches[i]), doubtful[i].sum(-1)
         most = int(counts.max())  # captions with fewer doubtful tokens get sound ones repaired as well
         scratch = 32 * most * (n + c) + 2 * units[0, 0].numel() * units.element_size()  # per caption
         step = max(1, budget // 4 // scratch)
         for texts in torch.split(counts.nonzero().flatten(), step):
             rows = doubtful[i, texts].int().sort(dim=-1, descending=True, stable=True).indices[:, :most]
             weights = exact(i, texts, rows)
-            tokens = _tokens(weights.flatten(0, 1)[None], patches[i : i + 1]).reshape(*rows.shape, c)
+            tokens = _tokens(weights.flatten(0, 1), wide).to(units.dtype).reshape(*rows.shape, c)
             words = units[0 if len(units) == 1 else i, texts]
             repaired.append((tokens @ words.mT).flatten(0, 1))
             place = torch.full_like(rows, i), texts[:, None].expand_as(rows), rows
@@ -720,19 +768,28 @@ def calibrate_patches(
 
     Differentiable in every floating argument: mask D (B_v, B_t, N), bool for the hard form, floating for the
     stable form; scores s (B_v, B_t, N). The fused token comes last. Pairs that drop nothing do not count it:
-    they have zeros there, or M is one less if no pair drops anything (not under torch.compile).
+    they have zeros there, or M is one less if no pair drops anything (not under torch.compile). Pairs that
+    are not finite have NaN for all tokens.
     """
     all_kept = (mask == 1).all(-1)
     fuse = fusion and (_traced(all_kept) or not bool(all_kept.all()))
+    prefix = patches[:, :0] if prefix is None else prefix
+    own = (x.isfinite().flatten(1).all(1, keepdim=True) for x in (patches, logits, prefix))
+    finite = torch.cat(list(own), dim=1).all(1, keepdim=True)
+    patches, logits, prefix = (_zero_unless(finite[..., None], x) for x in (patches, logits, prefix))
+    finite = finite & scores.isfinite().all(-1) & mask.isfinite().all(-1)
+    scores = _zero_unless(finite[..., None], scores)
+    mask = _zero_unless(finite[..., None], mask) if mask.is_floating_point() else mask
     rows = []
     for i in range(len(patches)):
         weights = _aggregation_weights(logits[i].double().mT, mask[i, :, None])
         if fuse:
             weights = torch.cat([weights, _fusion_weights(scores[i].double(), mask[i])[:, None]], dim=1)
-        rows.append(_tokens(weights.flatten(0, 1)[None], patches[i : i + 1]).reshape(*weights.shape[:2], -1))
-    tokens = torch.stack(rows)
-    if prefix is not None:
-        tokens = torch.cat([_polar(prefix)[0][:, None].expand(-1, mask.shape[1], -1, -1), tokens], dim=2)
+        tokens = _tokens(weights.double().flatten(0, 1), _wide(patches[i]))
+        rows.append(tokens.to(patches.dtype).reshape(*weights.shape[:2], -1))
+    directions = _polar(prefix)[0][:, None].expand(-1, mask.shape[1], -1, -1)
+    tokens = torch.cat([directions, torch.stack(rows)], dim=2)
+    tokens = torch.where(finite[..., None, None], tokens, math.nan)
     counts = torch.full_like(all_kept, tokens.shape[2], dtype=torch.int64)
     return tokens, counts - all_kept.long() if fuse else counts
 
@@ -769,7 +826,10 @@ def align_patches_words(
 
 @_full_precision
 def max_sim(patches: Tensor, words: Tensor, word_lengths: Tensor, *, chunk: int | None = None) -> Tensor:
-    """S (B_v, B_t) = sum_j max_i v_i . w_j over the real words, vectors as they are; NaN if not finite."""
+    """S (B_v, B_t) = sum_j max_i v_i . w_j over the real words, vectors as they are.
+
+    NaN for pairs that are not finite, or whose score is not: an overflow must not be the highest score.
+    """
     (images, n, c), (captions, length, _), size = patches.shape, words.shape, patches.element_size()
     budget = _budget(chunk, patches)
     image, caption, pair = 3 * n * c * size, 3 * length * c * size, 3 * n * length * size
@@ -783,6 +843,7 @@ def max_sim(patches: Tensor, words: Tensor, word_lengths: Tensor, *, chunk: int 
             texts = slice(t, t + caption_step)
             own_words, real, _, finite = _real_words(words[texts], word_lengths[texts])
             best = (own_words.flatten(0, 1) @ own.mT).max(-1).values.view(len(own), len(own_words), -1)
-            row.append(torch.where(own_finite & finite, torch.where(real, best, 0.0).sum(-1), math.nan))
+            score = torch.where(real, best, 0.0).sum(-1)
+            row.append(torch.where(own_finite & finite & score.isfinite(), score, math.nan))
         rows.append(torch.cat(row, dim=1))
     return torch.cat(rows)

@@ -65,7 +65,9 @@ impl<T: Real> Alignment<T> {
             }
             let best = lanes.iter().fold(T::neg_infinity(), |b, &x| if x > b { x } else { b });
             self.token_best.push(best);
-            self.best_word.push(row.iter().position(|&x| x == best).unwrap_or(0) as i16);
+            // Of real words only: a row of NaN has no best one, and padding must not be it.
+            let first = row[..length].iter().position(|&x| x == best);
+            self.best_word.push(first.unwrap_or(0) as i16);
         }
     }
 

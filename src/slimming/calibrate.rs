@@ -9,14 +9,19 @@ use super::real::{Real, lanes};
 use super::select::Decision;
 use super::simd::{Buffer, GatherCoefficients, GatherRows, Strided, combine, dot, reserve, zeros};
 
+/// Where the terms of a sum reach less than this, of rows scaled to about 1, squares may underflow in f32.
+const SMALLEST_REACH: f64 = 1e-15;
+
 /// A token computed in f64 from its definition, where the Gram form or the shared exponentials lost too many digits.
 pub(crate) struct ExactToken<T: Real> {
     /// Which aggregated token.
     pub slot: usize,
-    /// The token before normalisation, padded.
+    /// The token, normalised and padded: its terms may be too small for T. Zero where they cancel.
     pub vector: Buffer<T>,
-    /// Its weights over [`PairTokens::summed`].
+    /// Its weights over [`PairTokens::summed`], in the same scale.
     pub weights: Vec<T>,
+    /// What that scale multiplied `E_im = exp(l_im - max l)` with.
+    pub scale: f64,
 }
 
 /// The tokens of one pair, as far as the alignment and its gradient need them.
@@ -46,11 +51,13 @@ pub(crate) struct PairTokens<T: Real> {
     pub vectors: Buffer<T>,
     /// Whether the pair has a fused token.
     pub has_fused: bool,
-    /// The fused token before normalisation, and its inverse length.
+    /// The fused token in the scale of its weights, and its inverse length there.
     pub fused: Buffer<T>,
     pub fused_inverse: T,
     /// Its weights over the dropped patches.
     pub fused_weights: Vec<T>,
+    /// What their scale multiplied `e^{s_i - max s}` with.
+    pub fused_scale: f64,
     norms: Buffer<T>,
     reach: Buffer<T>,
     spread: Buffer<T>,
@@ -75,6 +82,7 @@ impl<T: Real> PairTokens<T> {
             fused: zeros(0),
             fused_inverse: T::zero(),
             fused_weights: Vec::new(),
+            fused_scale: 1.0,
             norms: zeros(0),
             reach: zeros(0),
             spread: zeros(0),
@@ -134,6 +142,7 @@ impl<T: Real> PairTokens<T> {
     ) {
         self.has_fused = options.fusion && !decision.dropped.is_empty();
         self.fused_weights.clear();
+        self.fused_scale = 1.0;
         if !self.has_fused {
             return;
         }
@@ -154,7 +163,8 @@ impl<T: Real> PairTokens<T> {
         let square = dot(simd, &self.fused[..stride], &self.fused[..stride]).wide();
         let reach: T = dropped().zip(&self.fused_weights).map(|(i, &f)| f * image.norms[i]).sum();
         // The sum itself loses digits only with the root of what the Gram form would lose.
-        if square >= 0.1 * T::GRAM_FLOOR * reach.wide() * reach.wide() && square > 0.0 {
+        let floor = 0.1 * T::GRAM_FLOOR * reach.wide() * reach.wide();
+        if square >= floor && reach.wide() > SMALLEST_REACH {
             self.fused_inverse = T::of(1.0 / square.sqrt());
         } else {
             self.fuse_exactly(image, text, decision, options, soft);
@@ -183,15 +193,19 @@ impl<T: Real> PairTokens<T> {
         let scores: Vec<f64> = decision.dropped.iter().map(|&i| score(i)).collect();
         let highest = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
         let (mut sum, mut reach) = (vec![0.0; image.stride], 0.0);
-        self.fused_weights.clear();
+        let mut weights = Vec::with_capacity(scores.len());
         for (&i, s) in decision.dropped.iter().zip(scores) {
             let open = if soft { 1.0 - decision.values[i as usize].wide() } else { 1.0 };
             let weight = (s - highest).exp() * open;
-            self.fused_weights.push(T::of(weight));
+            weights.push(weight);
             reach += weight * image.norms[i as usize].wide();
             sum.iter_mut().zip(row(i)).for_each(|(r, v)| *r += weight * v.wide());
         }
-        self.fused_inverse = settle(&sum, reach, &mut self.fused);
+        let scale = unit_sum(&sum, reach, &mut self.fused);
+        self.fused_weights.clear();
+        self.fused_weights.extend(weights.iter().map(|w| T::saturating(w * scale)));
+        self.fused_inverse = if scale > 0.0 { T::one() } else { T::zero() };
+        self.fused_scale = scale;
     }
 
     /// P = V W^T for the rows listed in the type's comment.
@@ -375,7 +389,7 @@ impl<T: Real> PairTokens<T> {
             // Many patches in all directions shrink the square too, yet little cancels: theirs is near the spread.
             let floor = if square >= half * self.spread[m] { low_floor } else { floor };
             // Rows are scaled to about 1, so a small reach means that the weights have underflown.
-            if square >= floor * reach * reach && reach > T::of(1e-15) {
+            if square >= floor * reach * reach && reach > T::of(SMALLEST_REACH) {
                 self.inverse.push(square.sqrt().recip());
             } else {
                 let token = self.exact_token(image, decision, m, soft);
@@ -423,20 +437,26 @@ impl<T: Real> PairTokens<T> {
                 i if soft => (logit(i as u32) - highest).exp() * decision.values[i].wide(),
                 i => (logit(i as u32) - highest).exp(),
             };
-            weights.push(T::of(weight));
+            weights.push(weight);
             reach += weight * image.norms[i as usize].wide();
             let row = &image.rows[i as usize * image.stride..][..image.stride];
             sum.iter_mut().zip(row).for_each(|(q, v)| *q += weight * v.wide());
         }
         let mut vector = zeros(image.stride);
-        self.inverse.push(settle(&sum, reach, &mut vector));
-        ExactToken { slot: m, vector, weights }
+        let scale = unit_sum(&sum, reach, &mut vector);
+        self.inverse.push(if scale > 0.0 { T::one() } else { T::zero() });
+        let weights = weights.iter().map(|w| T::saturating(w * scale)).collect();
+        ExactToken { slot: m, vector, weights, scale }
     }
 }
 
-/// Narrows `sum` into `out` and returns its inverse length; 0 where it is but the noise of terms of length `reach`.
-fn settle<T: Real>(sum: &[f64], reach: f64, out: &mut [T]) -> T {
-    let length = sum.iter().map(|x| x * x).sum::<f64>().sqrt();
-    out.iter_mut().zip(sum).for_each(|(o, &x)| *o = T::of(x));
-    if length > NOISE * reach { T::of(1.0 / length) } else { T::zero() }
+/// Normalises `sum` into `out` and returns its inverse length; zeros where it is but the noise of terms of length
+/// `reach`. All of it in f64: sums of small terms are too short for f32, and their inverse lengths too long.
+fn unit_sum<T: Real>(sum: &[f64], reach: f64, out: &mut [T]) -> f64 {
+    // A second scale, so that squares of the shortest f64 do not underflow either.
+    let largest = sum.iter().fold(0.0f64, |m, x| m.max(x.abs()));
+    let length = largest * sum.iter().map(|x| (x / largest) * (x / largest)).sum::<f64>().sqrt();
+    let inverse = if length > NOISE * reach && length > f64::MIN_POSITIVE { 1.0 / length } else { 0.0 };
+    out.iter_mut().zip(sum).for_each(|(o, &x)| *o = T::of(x * inverse));
+    inverse
 }

@@ -544,11 +544,11 @@ impl<T: Real> ImageTask<'_, '_, T> {
                 }
             }
             if soft {
-                let logit = |i: usize| image.logits[[i, m]];
-                let highest = (0..n).map(logit).fold(T::neg_infinity(), T::max);
+                let logit = |i: usize| image.logits[[i, m]].wide();
+                let highest = (0..n).map(logit).fold(f64::NEG_INFINITY, f64::max);
                 for i in 0..n {
-                    let along = dot(simd, &image.rows[i * stride..][..stride], &grad);
-                    scratch.values[i] += (logit(i) - highest).exp() * along;
+                    let along = dot(simd, &image.rows[i * stride..][..stride], &grad).wide();
+                    scratch.values[i] += T::saturating((logit(i) - highest).exp() * token.scale * along);
                 }
             }
             own.push((token.vector, coefficients));
@@ -638,7 +638,8 @@ impl<T: Real> ImageTask<'_, '_, T> {
             let highest = dropped.fold(T::neg_infinity(), T::max);
             for i in 0..self.sizes.patches {
                 let row = &image.rows[i * stride..][..stride];
-                let along = (decision.scores[i] - highest).exp() * dot(simd, row, &grad[..stride]);
+                let factor = (decision.scores[i] - highest).wide().exp() * tokens.fused_scale;
+                let along = T::saturating(factor * dot(simd, row, &grad[..stride]).wide());
                 scratch.values[i] += -along;
                 scratch.scores[i] += along * (T::one() - decision.values[i]);
             }

@@ -104,7 +104,9 @@ impl<T: Real> WithSimd for ScoreTexts<'_, T> {
                 let (values, best) = (panel.values.as_ptr(), self.best.as_mut_ptr());
                 highest_products(simd, &rows, values, self.channels, panel.lanes, best, width);
             }
-            *score = self.best[..panel.length].iter().copied().sum();
+            let sum: T = self.best[..panel.length].iter().copied().sum();
+            // What overflows is no hit.
+            *score = if sum.is_finite() { sum } else { T::nan() };
         }
     }
 }

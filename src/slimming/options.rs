@@ -7,6 +7,9 @@ use ndarray::{ArrayView1, ArrayView2, ArrayView3};
 use super::real::Real;
 use crate::error::LapsError;
 
+/// Patches, words and tokens are counted in 16 bits where selections and arg-maxes are kept.
+const MOST: usize = 16384;
+
 /// Which way patches (tokens) and words look for their best match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Directions {
@@ -226,14 +229,18 @@ impl<T: Real> PairInput<'_, T> {
         if images == 0 || patches == 0 || channels == 0 {
             return Err(LapsError::shape(operation, "patches", "(B_v >= 1, N >= 1, C >= 1)", got()));
         }
-        // Patches and arg-maxes are kept in 16 bits.
-        if patches > 16384 {
-            return Err(LapsError::shape(operation, "patches", "N <= 16384", got()));
+        if patches > MOST {
+            return Err(LapsError::shape(operation, "patches", format!("N <= {MOST}"), got()));
         }
         check_words(operation, &self.words, &self.word_lengths, channels)?;
         let (texts, words, _) = self.words.dim();
-        if words > 16384 {
-            return Err(LapsError::shape(operation, "words", "L <= 16384", shape(self.words.shape())));
+        if words > MOST {
+            return Err(LapsError::shape(
+                operation,
+                "words",
+                format!("L <= {MOST}"),
+                shape(self.words.shape()),
+            ));
         }
         if self.pairs == Pairs::Diagonal && images != texts {
             let expected = format!("one text per image, B_t={images}");
@@ -245,8 +252,8 @@ impl<T: Real> PairInput<'_, T> {
             return Err(LapsError::shape(operation, "prefix", expected, shape(self.prefix.shape())));
         }
         let (b, n, aggregated) = self.logits.dim();
-        if b != images || n != patches || aggregated == 0 || prefix + aggregated > 16384 {
-            let expected = format!("({images}, {patches}, N_c >= 1)");
+        if b != images || n != patches || aggregated == 0 || prefix + aggregated > MOST {
+            let expected = format!("({images}, {patches}, N_c) with 1 <= N_c and P + N_c <= {MOST}");
             return Err(LapsError::shape(operation, "logits", expected, shape(self.logits.shape())));
         }
         let sizes = Sizes { images, texts, patches, prefix, words, channels, aggregated };

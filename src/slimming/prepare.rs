@@ -13,6 +13,8 @@ pub(crate) const EPSILON: f64 = 1e-6;
 
 /// A sum this much shorter than its terms together is rounding noise, not a direction.
 pub(crate) const NOISE: f64 = 1e-12;
+/// Epsilons of its largest value that a row of scores must spread to count as more than noise.
+const CONSTANT: f64 = 16.0;
 
 /// How the lengths of aggregated tokens are computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,7 +42,7 @@ pub(crate) struct PreparedImage<'a, T: Real> {
     pub stride: usize,
     /// A power of two that brings the largest element near 1: no score depends on it, nothing overflows.
     pub scale: T,
-    /// Lengths of the scaled patches (and their mean).
+    /// Lengths of the scaled patches (and the mean of these).
     pub norms: Vec<T>,
     /// Inverse raw lengths of the prefix tokens, 0 for a zero token.
     pub prefix_inverse: Vec<T>,
@@ -123,13 +125,14 @@ fn unit_mean<T: Real>(sum: &[f64], reach: f64, out: &mut [T]) {
     out.iter_mut().zip(sum).for_each(|(o, &x)| *o = T::of(x * inverse));
 }
 
-/// Scales to [0, 1] over the slice; constants become 0.
+/// Scales to [0, 1] over the slice; what is constant but for rounding becomes 0.
 pub(crate) fn min_max<T: Real>(values: &mut [T]) {
     let low = values.iter().fold(T::infinity(), |m, &x| m.min(x));
     let high = values.iter().fold(T::neg_infinity(), |m, &x| m.max(x));
     let range = high - low;
+    let constant = range <= T::of(CONSTANT) * T::epsilon() * high.max(-low);
     for x in values {
-        *x = if range > T::zero() { (*x - low) / range } else { T::zero() };
+        *x = if constant { T::zero() } else { (*x - low) / range };
     }
 }
 
@@ -321,7 +324,8 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         let mut next = n * stride;
         if soft {
             self.rows[next..].iter_mut().zip(&mean).for_each(|(r, &m)| *r = T::of(m));
-            self.norms[n] = T::of(mean.iter().map(|m| m * m).sum::<f64>().sqrt());
+            // What its terms reach, not its own length: of patches that cancel, that would be noise.
+            self.norms[n] = T::of(reach);
             next += stride;
         }
         for (inverse, token) in self.prefix_inverse.iter_mut().zip(prefix.rows()) {

@@ -20,6 +20,11 @@ pub trait Real: Float + AddAssign + MulAssign + Sum + Default + Debug + Send + S
 
     fn of(x: f64) -> Self;
     fn wide(self) -> f64;
+    /// The nearest number that is finite; NaN for NaN.
+    fn saturating(x: f64) -> Self {
+        let most = Self::max_value().wide();
+        Self::of(x.clamp(-most, most))
+    }
     /// A key that sorts as the number does; both zeros share one key.
     fn key(self) -> Self::Key;
     /// The magnitude as an integer: sorts as |x| does, with infinity and NaN above all numbers.

@@ -132,9 +132,9 @@ fn write_tokens<T: Real>(
 /// Alignment matrices `A_mj = leaky_relu(u_m . l2(w_j))` of every pair, (B_v, B_t, M, L), and the scores that they give,
 /// (B_v, B_t).
 ///
-/// `tokens` (B_v, B_t, M, C) are l2-normalised, as [`calibrate_patches`] gives them, with `counts` (B_v, B_t) of them per
-/// pair (all of them if not given); `words` (B_t, L, C) raw. A is zero at padding. Options used: directions,
-/// mean_of_directions, negative_slope. Source: laps.md, SPA. Errors name the argument that does not fit.
+/// `tokens` (B_v, B_t, M, C) are raw or normalised, u_m their unit vectors (0 for the zero vector), with `counts`
+/// (B_v, B_t) of them per pair (all of them if not given); `words` (B_t, L, C) raw. A is zero at padding. Options used:
+/// directions, mean_of_directions, negative_slope. Source: laps.md, SPA. Errors name the argument that does not fit.
 pub fn align_patches_words<T: Real>(
     tokens: ArrayView4<'_, T>,
     counts: Option<ArrayView2<'_, i64>>,
@@ -173,11 +173,17 @@ pub fn align_patches_words<T: Real>(
         for (word, mut row) in words.index_axis(Axis(0), t).rows().into_iter().zip(unit_words.rows_mut()) {
             unit(word, row.as_slice_mut().expect("contiguous"));
         }
+        let mut unit_tokens = Array2::zeros((slots, channels));
         let mut found = Alignment::default();
         let mut cosines = vec![T::zero(); slots * stride];
         for i in 0..images {
             let count = counts.map_or(slots, |c| c[[i, t]] as usize);
-            let products = tokens.slice(s![i, t, ..count, ..]).dot(&unit_words.t());
+            for (token, mut row) in
+                tokens.slice(s![i, t, ..count, ..]).rows().into_iter().zip(unit_tokens.rows_mut())
+            {
+                unit(token, row.as_slice_mut().expect("contiguous"));
+            }
+            let products = unit_tokens.slice(s![..count, ..]).dot(&unit_words.t());
             for (m, row) in products.rows().into_iter().enumerate() {
                 cosines[m * stride..].iter_mut().zip(row).for_each(|(c, &x)| *c = x);
             }
