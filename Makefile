@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test test-rust test-python lint format bench tables wheel venv clean distclean
 
 help:
-	@echo 'make demo     scores, kept patches and speed on real photographs; writes out/demo.png'
+	@echo 'make demo     draws scenes, trains on them, compares, searches; writes out/demo/report.html'
 	@echo 'make test     all tests, Rust and Python'
 	@echo 'make lint     formatting, clippy, ruff, mypy, stubs'
 	@echo 'make bench    the benchmarks; writes benchmarks/results/ and the tables of README.md'
@@ -59,7 +59,7 @@ venv: $(VENV)/.stamp-native
 # ---- the work ----------------------------------------------------------------------------------------------------------
 
 demo: venv
-	@$(BIN)/python -m laps.demo
+	@$(BIN)/laps demo --out out/demo
 
 test: test-rust test-python
 
@@ -89,10 +89,13 @@ format: venv
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
 
-# About ten minutes on two cores.
+# About forty minutes on two cores, half of them for the three seeds of benchmarks.demo.
 bench: venv $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.max_sim
+	@$(BIN)/python -m benchmarks.evaluation
+	@$(BIN)/python -m benchmarks.training
+	@$(BIN)/python -m benchmarks.demo
 	@$(BIN)/python -m benchmarks.tables
 
 tables: venv

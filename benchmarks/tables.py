@@ -48,6 +48,13 @@ def megabytes(count: int | None) -> str:
     return "n/a" if count is None else f"{max(count / 1e6, 1):,.0f} MB"
 
 
+def seconds_or_minutes(seconds: float) -> str:
+    """Seconds with three significant digits, or minutes from two of them on."""
+    if seconds >= 120:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"
+
+
 def times(ratio: float) -> str:
     """A ratio with two significant digits at least."""
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
@@ -149,11 +156,141 @@ def max_sim_table(result: Result) -> str:
     )
 
 
+def evaluation_table(result: Result) -> str:
+    """The time that scoring a whole test set takes, and on how many pairs that was measured."""
+    settings, forms = result["settings"], result["forms"]
+    loop = forms["loop"]
+    rows = []
+    for name, form in forms.items():
+        whole = seconds_or_minutes(form["whole_s"])
+        rows.append(
+            [
+                FORM_TITLES[name],
+                f"{form['pairs_measured']:,} pairs in {form['pairs']['median_s']:.3g} s",
+                f"{form['pairs_per_s']:,.0f}",
+                f"{whole} (extrapolated)" if form["extrapolated"] else whole,
+                times(loop["whole_s"] / form["whole_s"]),
+                megabytes(form.get("extra_bytes")),
+            ]
+        )
+    matrix = f"{settings['images']:,} images x {settings['captions']:,} captions"
+    low, high = settings["words"]
+    ours = forms["laps"]
+    header = ("form", "measured", "pairs/s", matrix, "ratio", "extra memory")
+    return (
+        f"{matrix} of {low} to {high} words, {settings['shape']} (N={settings['num_patches']}, "
+        f"C={settings['channels']}), float32. Features are {settings['features']}; encoding them is the same "
+        f"for all. The time of laps contains {ours['prepare_s']:.3g} s for what is computed once per image "
+        f"and caption. Recalls and ranks of the matrix take {ours['metrics']['median_s']:.2g} s more.\n\n"
+        f"{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
+def training_table(result: Result) -> str:
+    """The parts of a training step."""
+    settings, forms = result["settings"], result["forms"]
+    loop = forms["loop"]["median_s"]
+    rows = []
+    for name, form in forms.items():
+        part = form["median_s"]
+        rows.append(
+            [
+                FORM_TITLES[name],
+                f"{part['encoders_forward'] + part['encoders_backward']:.3g} s",
+                milliseconds(part["head"]),
+                times(loop["head"] / part["head"]),
+                f"{part['head'] / part['whole']:.1%}",
+                f"{part['optimizer']:.2g} s",
+                f"{part['whole']:.3g} s",
+                f"{loop['whole'] / part['whole']:.2f}x",
+                megabytes(form.get("head_bytes")),
+                megabytes(form.get("step_bytes")),
+            ]
+        )
+    low, high = settings["words"]
+    header = (
+        "head",
+        "encoders",
+        "head + loss",
+        "ratio",
+        "share",
+        "AdamW",
+        "whole step",
+        "ratio",
+        "memory, head",
+        "memory, step",
+    )
+    return (
+        f"{settings['encoders']} (random weights), batch {settings['batch']}, captions of {low} to {high} "
+        "tokens, float32; each part forward + backward. Medians; memory as above, for the step beside the "
+        f"weights and AdamW's moments.\n\n{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
+def scenes_table(result: Result) -> str:
+    """LAPS beside the global-embedding model on drawn scenes, seed by seed, and the lead with its spread."""
+    seeds, whole, sizes = result["seeds"], result["summary"], result["settings"]["sizes"]
+    rows = []
+    for seed, entry in seeds.items():
+        ours, theirs = (entry["metrics"][head]["rsum"] for head in ("laps", "vse"))
+        likes = [entry["lookalikes"][head] for head in ("laps", "vse")]
+        rows.append(
+            [
+                seed,
+                f"{ours:.1f}",
+                times(ours / entry["chance"]["rsum"]),
+                f"{theirs:.1f}",
+                times(theirs / entry["chance"]["rsum"]),
+                f"{ours - theirs:+.1f}",
+                *(f"{share:.1f} %" for share in likes),
+            ]
+        )
+    lead = ""
+    if len(seeds) > 1:
+        low, high = (whole["rsum"]["lead"][end] for end in ("min", "max"))
+        lead = f"The lead lies between {low:+.1f} and {high:+.1f}; ± is the standard deviation. "
+        rsum, likes_of = whole["rsum"], whole["lookalikes"]
+        laps_rsum, vse_rsum = (
+            f"{rsum[head]['mean']:.1f} ± {rsum[head]['stdev']:.1f}" for head in ("laps", "vse")
+        )
+        rows.append(
+            [
+                "mean",
+                laps_rsum,
+                "",
+                vse_rsum,
+                "",
+                f"**{rsum['lead']['mean']:+.1f} ± {rsum['lead']['stdev']:.1f}**",
+                *(f"{likes_of[head]['mean']:.1f} %" for head in ("laps", "vse")),
+            ]
+        )
+    header = (
+        "seed",
+        "**LAPS** rSum",
+        "of chance",
+        "global embedding rSum",
+        "of chance",
+        "lead",
+        "look-alikes, LAPS",
+        "look-alikes, global",
+    )
+    chance = next(iter(seeds.values()))["chance"]["rsum"]
+    return (
+        f"`laps demo` with several seeds: {sizes['train']:,} training scenes, {sizes['epochs']} epochs, both "
+        f"models trained alike; {sizes['test']:,} held-out scenes with {5 * sizes['test']:,} captions "
+        f"(chance: rSum {chance:.1f}). {lead}Look-alikes: pairs of scenes that differ in one attribute, told "
+        f"apart by a caption (chance: 50 %).\n\n{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
 # Marker in the README: the result it comes from, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "head": ("head.json", head_table),
     "rate": ("head.json", rate_table),
     "max_sim": ("max_sim.json", max_sim_table),
+    "evaluation": ("evaluation.json", evaluation_table),
+    "training": ("training.json", training_table),
+    "scenes": ("scenes.json", scenes_table),
 }
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from laps.config import PRESETS
 
-from benchmarks import head, tables
+from benchmarks import evaluation, head, tables, training
 from benchmarks.shapes import SHAPES, make_batch, similarity_flops
 from scripts import check_wheel
 
@@ -26,6 +30,15 @@ MACHINE = {
     "threads": 2,
     "date": "2026-01-02 03:04 UTC",
 }
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On inputs so small, threads that wait for each other only cost time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_aggregated_tokens_are_those_of_the_method() -> None:
@@ -66,6 +79,78 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         torch.ones(16 * 2**20)
     # 64 MiB, give or take the allocator's pages.
     assert peak["bytes"] == pytest.approx(64 * 2**20, rel=0.1)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_evaluation_benchmark_extrapolates_slices_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluation, "SLICE_IMAGES", 2)
+    options = argparse.Namespace(
+        images=3, captions=10, loop_captions=2, torch_captions=5, repetitions=2, memory=False
+    )
+
+    forms = {name: evaluation.measure_here(name, options) for name in evaluation.FORMS}
+
+    for name, measured in (("loop", 4), ("torch", 10), ("laps", 30)):
+        form = forms[name]
+        assert (form["pairs_measured"], form["extrapolated"]) == (measured, name != "laps")
+        whole_s = form["prepare_s"] + form["pairs"]["median_s"] * 30 / measured
+        assert form["whole_s"] == pytest.approx(whole_s)
+        # The loop does nothing once per image.
+        assert (form["prepare_s"] == 0) == (name == "loop")
+        # Every slice was compared with the scores of laps.
+        assert ("difference" in form) == (name != "laps")
+    table = tables.evaluation_table(evaluation.report(forms, options))
+    assert [line.count("(extrapolated)") for line in table.splitlines() if "pairs in" in line] == [1, 1, 0]
+
+
+def test_evaluation_benchmark_has_the_ratios_of_the_preset() -> None:
+    shape = SHAPES[evaluation.SHAPE]
+    assert PRESETS["vit-base-224"].head_options == {
+        "selection_ratio": shape.selection_ratio,
+        "aggregation_ratio": shape.aggregation_ratio,
+    }
+
+
+def test_a_slice_of_captions_has_the_lengths_of_all() -> None:
+    lengths = torch.randint(8, 31, (5000,), generator=torch.Generator().manual_seed(0))
+    chosen = evaluation.spread(lengths, 8)
+    assert len(set(chosen.tolist())) == 8
+    assert lengths[chosen].float().mean() == pytest.approx(float(lengths.float().mean()), abs=0.5)
+    assert sorted(evaluation.spread(lengths, 5000).tolist()) == list(range(5000))
+
+
+def test_each_image_of_the_evaluation_benchmark_has_five_captions() -> None:
+    assert np.bincount(evaluation.image_of(1000, 5000)).tolist() == [5] * 1000
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_benchmark_takes_the_step_of_the_model_with_either_head() -> None:
+    model = training.make_model(quick=True).eval()  # without dropout, so that gradients can be compared
+    batch = training.make_batch(model, 3)
+    gradients = {}
+    for name in training.FORMS:
+        seconds = training.forward_and_backward(model, training.make_form(name, model), batch)
+        assert seconds.keys() | {"optimizer"} == set(training.PARTS)
+        gradients[name] = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+
+    model(batch)[0].backward()
+
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(expected) == len(list(model.parameters()))
+    for ours, loop, whole in zip(gradients["laps"], gradients["loop"], expected, strict=True):
+        torch.testing.assert_close(ours, whole, rtol=0, atol=0)
+        # Another order of sums, through two encoders.
+        torch.testing.assert_close(loop, whole, rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_training_benchmark_writes_what_its_table_is_made_from(tmp_path: Path) -> None:
+    file = tmp_path / "training.json"
+    assert training.main(["--quick", "--batch", "4", "--threads", "1", "--output", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert {len(form["all_s"]) for form in result["forms"].values()} == {1}
+    assert "two small encoders (random weights), batch 4" in tables.training_table(result)
 
 
 def test_readme_tables_are_made_from_the_results(tmp_path: Path) -> None:
@@ -127,3 +212,41 @@ def test_source_distribution_must_be_whole_and_without_strays() -> None:
 def test_wheel_must_not_need_a_newer_glibc() -> None:
     binary = check_wheel.Binary("laps/_laps.abi3.so", ("libc.so.6", "libgcc_s.so.1"), (2, 34))
     assert len(check_wheel.binary_problems(binary)) == 1
+
+
+def test_evaluation_table_marks_what_is_extrapolated() -> None:
+    def form(pairs: int, seconds: float, whole: float, extrapolated: bool) -> tables.Result:
+        return {
+            "pairs_measured": pairs,
+            "pairs": {"median_s": seconds},
+            "pairs_per_s": pairs / seconds,
+            "prepare_s": 2.0,
+            "whole_s": whole,
+            "extrapolated": extrapolated,
+            "extra_bytes": 90_000_000,
+        }
+
+    settings = {"shape": "ViT-224", "num_patches": 196, "channels": 512, "words": [8, 30]}
+    settings |= {"images": 1000, "captions": 5000, "features": "random normal"}
+    forms = {"loop": form(8000, 2.5, 1562.5, True), "laps": form(5_000_000, 80, 82, False)}
+    forms["laps"]["metrics"] = {"median_s": 0.3}
+
+    table = tables.evaluation_table({"machine": MACHINE, "settings": settings, "forms": forms})
+
+    assert "| 8,000 pairs in 2.5 s | 3,200 | 26 min (extrapolated) | 1.0x | 90 MB |" in table
+    assert "| 5,000,000 pairs in 80 s | 62,500 | 82 s | 19x | 90 MB |" in table
+    assert "random normal" in table
+
+
+def test_training_table_shows_the_share_of_the_head() -> None:
+    def form(head_s: float, head_bytes: int) -> tables.Result:
+        parts = {"encoders_forward": 7.0, "head": head_s, "encoders_backward": 13.0, "optimizer": 0.5}
+        whole = {"whole": sum(parts.values())}
+        return {"median_s": parts | whole, "head_bytes": head_bytes, "step_bytes": 8_000_000_000}
+
+    settings = {"encoders": "ViT + BERT", "batch": 32, "words": [8, 30]}
+    forms = {"loop": form(1.5, 1_000_000_000), "laps": form(0.1, 50_000_000)}
+
+    table = tables.training_table({"machine": MACHINE, "settings": settings, "forms": forms})
+
+    assert "| 20 s | 100 ms | 15x | 0.5% | 0.5 s | 20.6 s | 1.07x | 50 MB | 8,000 MB |" in table

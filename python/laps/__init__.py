@@ -3,7 +3,10 @@
 - :mod:`laps.nn`: :class:`~laps.nn.LAPSHead` and its parts, as modules;
 - :mod:`laps.functional`: the same without parameters, for tensors and NumPy arrays;
 - :mod:`laps.losses`: what such scores are trained with;
-- :mod:`laps.ops`: the operators registered with PyTorch.
+- :mod:`laps.ops`: the operators registered with PyTorch;
+- :class:`laps.LAPS`: the whole model, with :mod:`laps.encoders` and :mod:`laps.heads`;
+- :mod:`laps.data`, :mod:`laps.train`, :func:`laps.evaluate`, :mod:`laps.metrics`: from files to a trained,
+  measured model.
 
 Example:
     >>> import laps, torch
@@ -13,20 +16,63 @@ Example:
     torch.Size([2, 3])
 """
 
-from . import errors, functional, losses, nn, ops
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import encoders, errors, functional, heads, losses, nn, objective, ops
 from ._info import info
 from ._laps import __version__
 from .errors import LapsError, LapsTypeError, LapsValueError
 
+if TYPE_CHECKING:
+    from . import config, data, metrics, train
+    from .config import LAPSConfig
+    from .evaluation import evaluate
+    from .model import LAPS
+
 __all__ = [
+    "LAPS",
+    "LAPSConfig",
     "LapsError",
     "LapsTypeError",
     "LapsValueError",
     "__version__",
+    "config",
+    "data",
+    "encoders",
     "errors",
+    "evaluate",
     "functional",
+    "heads",
     "info",
     "losses",
+    "metrics",
     "nn",
+    "objective",
     "ops",
+    "train",
 ]
+
+# Whoever needs the head alone does not wait for image and hub libraries: these load at first use.
+_LAZY = {
+    "LAPS": "model",
+    "LAPSConfig": "config",
+    "config": None,
+    "data": None,
+    "evaluate": "evaluation",
+    "metrics": None,
+    "train": None,
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _LAZY[name]
+    if home is None:
+        return importlib.import_module(f".{name}", __name__)
+    return getattr(importlib.import_module(f".{home}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,8 +1,8 @@
 """The per-caption loop: the head computed in the way the paper's authors publish it.
 
-The demo and the benchmarks measure against this loop, and the tests hold the head to its scores. It shares
-nothing with the fast paths: every token of every pair exists as a vector of C numbers, and the aggregation
-network runs anew for each caption, on the patches that this caption keeps.
+The benchmarks measure against this loop, and the tests hold the head to its scores. It shares nothing with
+the fast paths: every token of every pair exists as a vector of C numbers, and the aggregation network runs
+anew for each caption, on the patches that this caption keeps.
 """
 
 from __future__ import annotations

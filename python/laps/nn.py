@@ -12,6 +12,8 @@ from torch.amp.autocast_mode import is_autocast_available
 from . import _check
 from . import functional as F
 from .errors import LapsTypeError, LapsValueError
+from .features import ImageFeatures, Span, TextFeatures
+from .heads.base import SimilarityHead, mean_of_words, register_head
 
 __all__ = ["LAPSHead", "PatchCalibration", "PatchScore", "PatchSelection", "PatchWordAlignment"]
 
@@ -250,7 +252,8 @@ class PatchWordAlignment(nn.Module):
         )
 
 
-class LAPSHead(nn.Module):
+@register_head("laps")
+class LAPSHead(SimilarityHead):
     """Scores of all images against all captions from their patch and word features: the published head,
     trainable.
 
@@ -472,6 +475,84 @@ class LAPSHead(nn.Module):
         )
         return result
 
+    # ---- images and captions apart: what a gallery keeps
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments, beside the sizes, that would build this head again."""
+        return {
+            "selection_ratio": self.selection_ratio,
+            "aggregation_ratio": self.aggregation_ratio,
+            "variant": self.variant,
+            "directions": self.directions,
+            "direction_reduction": self.direction_reduction,
+            "negative_slope": self.negative_slope,
+            "selection": self.selection,
+            "fusion": self.aggregation.fusion,
+            "attention_weight": self.attention_weight,
+            "score": self.selection_score,
+            "sampling": self.sampling,
+            "temperature": self.temperature,
+        }
+
+    def encode_image(self, image_tokens: Tensor) -> ImageFeatures:
+        """Everything about images that no caption changes; see :class:`laps.features.ImageFeatures`.
+
+        Args:
+            image_tokens: (B_v, P + N, C), prefix tokens first, floating.
+
+        Raises:
+            LapsValueError: a wrong number of tokens, a wrong C. LapsTypeError: a wrong dtype.
+        """
+        parts = self._image_arguments(image_tokens)
+        patches: Tensor = parts["patches"].detach()
+        with torch.autocast(patches.device.type, enabled=False):
+            wide = patches if patches.dtype == torch.float64 else patches.float()
+            embedding = nn.functional.normalize(wide.mean(1), dim=-1)
+            self_scores = (nn.functional.normalize(wide, dim=-1) @ embedding[..., None])[..., 0]
+        return ImageFeatures(embedding=embedding, self_scores=self_scores, **parts)
+
+    def encode_text(
+        self, word_tokens: Tensor, word_lengths: Tensor, spans: list[list[Span]] | None = None
+    ) -> TextFeatures:
+        """Everything about captions that no image changes; see :class:`laps.features.TextFeatures`.
+
+        Args:
+            word_tokens: (B_t, L, C), floating; rows past a caption's length may hold anything.
+            word_lengths: (B_t,) int64 in 1..L.
+            spans: per caption its words as (first piece, past the last piece, text).
+
+        Raises:
+            LapsValueError: a wrong C, a length out of range. LapsTypeError: a wrong dtype.
+        """
+        word_lengths = self._check_words(word_tokens, word_lengths)
+        words = word_tokens.detach()
+        mean = mean_of_words(words if words.dtype == torch.float64 else words.float(), word_lengths)
+        return TextFeatures(
+            embedding=nn.functional.normalize(mean, dim=-1),
+            lengths=word_lengths.cpu(),
+            words=word_tokens,
+            spans=spans,
+        )
+
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Scores (B_v, B_t), float32 or float64, of what `encode_image` and `encode_text` gave."""
+        scores: Tensor = F.similarity(**self._feature_arguments(images, texts), **self._options())
+        return scores
+
+    def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Scores (B,) of image i with caption i, the diagonal of `similarity`."""
+        scores: Tensor = F.similarity_pairwise(**self._feature_arguments(images, texts), **self._options())
+        return scores
+
+    def training_scores(
+        self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores (B_v, B_t) and, in the paper variant, the kept fraction (B_v, B_t) for the ratio loss."""
+        if self.score is None:
+            return self(image_tokens, word_tokens, word_lengths), {}
+        scores, kept_fraction = self(image_tokens, word_tokens, word_lengths, return_kept_fraction=True)
+        return scores, {"kept_fraction": kept_fraction}
+
     def keep_probability(self, image_tokens: Tensor) -> Tensor:
         """The score net's opinion alone, to log: it is known to be unstable.
 
@@ -514,28 +595,51 @@ class LAPSHead(nn.Module):
     def _arguments(
         self, image_tokens: Tensor, words: Tensor, word_lengths: F.Lengths, return_kept_fraction: bool
     ) -> dict[str, Any]:
-        """What `forward` and `pairwise` pass on alike; draws the seed."""
-        prefix, patches = self._split(image_tokens)
+        """What `forward` and `pairwise` pass on alike."""
+        images = self._image_arguments(image_tokens)
+        texts = {"words": words, "word_lengths": self._check_words(words, word_lengths)}
+        return images | texts | self._options() | {"return_kept_fraction": return_kept_fraction}
+
+    def _check_words(self, words: Tensor, word_lengths: F.Lengths) -> Tensor:
+        """The lengths as a tensor, after both were checked under the names that the caller knows."""
         self._check_tokens("word_tokens", words, "B_t L C")
-        word_lengths = _check.word_lengths(
+        captions, longest, _ = words.shape
+        return _check.word_lengths(
             "LAPSHead",
             word_lengths,
-            words.shape[0],
-            words.shape[1],
+            captions,
+            longest,
             words.device,
             words="word_tokens",
             patches="image_tokens",
         )
-        sampled = self.score is not None and self.training
+
+    def _image_arguments(self, image_tokens: Tensor) -> dict[str, Any]:
+        """The arguments of `functional.similarity` that images alone decide."""
+        prefix, patches = self._split(image_tokens)
         return {
             "patches": patches,
-            "words": words,
-            "word_lengths": word_lengths,
+            "prefix": prefix,
             # Of all tokens, prefix too: LayerNorm would copy the patches alone, forward and backward.
             "logits": self.aggregation.logits(image_tokens)[:, self.num_prefix_tokens :],
-            "prefix": prefix,
-            "selection_ratio": 1.0 if self.selection == "none" else self.selection_ratio,
             "keep_prob": None if self.score is None else self._keep_prob(patches),
+        }
+
+    def _feature_arguments(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Any]:
+        return {
+            "patches": images.patches,
+            "prefix": images.prefix,
+            "logits": images.logits,
+            "keep_prob": images.keep_prob,
+            "words": texts.words,
+            "word_lengths": texts.lengths,
+        }
+
+    def _options(self) -> dict[str, Any]:
+        """The other arguments; draws the seed."""
+        sampled = self.score is not None and self.training
+        return {
+            "selection_ratio": 1.0 if self.selection == "none" else self.selection_ratio,
             # A tensor and not a number: torch.compile would break the graph, and recompile for every seed.
             "seed": torch.randint(2**63 - 1, (), dtype=torch.int64, device="cpu") if sampled else None,
             "directions": self.directions,
@@ -547,7 +651,6 @@ class LAPSHead(nn.Module):
             "score": self.selection_score,
             "sampling": self.sampling,
             "temperature": self.temperature,
-            "return_kept_fraction": return_kept_fraction,
             "chunk": self.chunk,
             "backend": self.backend,
         }

@@ -1,0 +1,109 @@
+"""The demo's comparison over several seeds: LAPS and a global-embedding model, trained alike on drawn scenes.
+
+    python -m benchmarks.demo                # seeds 0, 1 and 2: about twelve minutes on two cores
+    python -m benchmarks.demo --seeds 1      # one of them; what the file holds of the others stays
+
+How it is measured. A seed decides the scenes, the first weights and the order of training. Everything else is
+what `laps demo` does: both models have the same encoders with the same first weights, data, order, number of
+steps and optimizer, and each its own head and temperature; of the epochs the best by the development scenes
+is evaluated on the test scenes. The result is written after every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from laps.demo.measure import measure
+from laps.demo.recipe import HEADS, Sizes, settings
+from laps.demo.report import chance
+
+from benchmarks import machine
+
+RESULT = machine.RESULTS / "scenes.json"
+SEEDS = (0, 1, 2)
+
+
+def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
+    """Metrics of both heads, the share of look-alikes that each tells apart, and the time."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(Path(folder), seed=seed, sizes=sizes, progress=True)
+    return {
+        "metrics": {head: measured.evaluations[head].metrics for head in HEADS},
+        "lookalikes": measured.lookalikes,
+        "chance": chance(measured.test),
+        "history": {head: measured.trained[head].history for head in HEADS},
+        "seconds": measured.seconds,
+        "cpu_seconds": measured.cpu_seconds,
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean, extremes and standard deviation (of a sample; None of a single value)."""
+    return {
+        "mean": statistics.mean(values),
+        "min": min(values),
+        "max": max(values),
+        "stdev": statistics.stdev(values) if len(values) > 1 else None,
+    }
+
+
+def summary(seeds: dict[str, Any]) -> dict[str, Any]:
+    """The spread over the seeds of each head's rSum and look-alikes, and of the lead of LAPS in both."""
+    numbers = {
+        "rsum": {head: [seed["metrics"][head]["rsum"] for seed in seeds.values()] for head in HEADS},
+        "lookalikes": {head: [seed["lookalikes"][head] for seed in seeds.values()] for head in HEADS},
+    }
+    result: dict[str, Any] = {}
+    for name, values in numbers.items():
+        lead = [ours - theirs for ours, theirs in zip(*values.values(), strict=True)]
+        result[name] = {head: spread(each) for head, each in values.items()} | {"lead": spread(lead)}
+    return result
+
+
+def earlier(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The seeds that the file holds, if they were measured with the same settings."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    seeds: dict[str, Any] = found["seeds"] if found["settings"] == wanted else {}
+    return seeds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(default: 0 1 2)")
+    parser.add_argument("--output", type=Path, default=RESULT, help="(default: results/scenes.json)")
+    for name, value in asdict(Sizes()).items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=value, help="(default: %(default)s)"
+        )
+    options = parser.parse_args(argv)
+    sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
+
+    # As JSON has it, to be compared with what the file holds.
+    wanted = json.loads(json.dumps({"sizes": asdict(sizes), **settings()}))
+    seeds = earlier(options.output, wanted)
+    for seed in options.seeds:
+        print(f"\nseed {seed}", flush=True)
+        seeds[str(seed)] = found = measure_seed(seed, sizes)
+        rsum = {head: found["metrics"][head]["rsum"] for head in HEADS}
+        print("rSum: " + ", ".join(f"{head} {value:.1f}" for head, value in rsum.items()))
+        seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
+        machine.write(
+            options.output,
+            {"machine": machine.describe(), "settings": wanted, "seeds": seeds, "summary": summary(seeds)},
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

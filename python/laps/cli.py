@@ -1,0 +1,335 @@
+"""The command ``laps``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__, _check
+from .errors import LapsError, LapsValueError
+
+if TYPE_CHECKING:
+    from .model import LAPS
+
+__all__ = ["main"]
+
+DEFAULT_PRESET = "vit-base-224"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status.
+
+    0; 1 where a check found faults; 2 for an error, of which standard error has one line; 128 + n where
+    signal n ended the work: 130 for Ctrl-C, 143 for SIGTERM, 141 for a reader that went away.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] | None = getattr(options, "command", None)
+    if command is None:
+        parser.print_help()
+        return 2
+    try:
+        status = command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # Nobody reads on (`laps info | head -1`); Python would complain once more as it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except (LapsError, OSError) as error:
+        print(f"laps: {error}", file=sys.stderr)
+        number: int | None = getattr(error, "signal_number", None)
+        return 2 if number is None else 128 + number
+    except KeyboardInterrupt:
+        print("laps: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+# ---- commands; each imports what it needs, so that the others start fast
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from .demo import run
+
+    run(options.out, seed=options.seed, open_browser=options.open)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from .config import PRESETS
+    from .data import load
+    from .train import Trainer
+    from .train_config import TrainConfig
+
+    chosen = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
+    if options.model is None:
+        preset = PRESETS[options.preset or DEFAULT_PRESET]
+        recipe = {
+            "learning_rate": preset.learning_rate,
+            "backbone_lr_ratio": preset.backbone_lr_ratio,
+            "batch_size": preset.batch_size,
+        }
+        chosen = recipe | chosen
+    # What can be wrong is looked at before the weights are read, which takes long.
+    config = TrainConfig(**chosen)
+    data = load(options.data, options.train_split, images=options.images)
+    dev = (
+        None if options.dev_split == "none" else load(options.data, options.dev_split, images=options.images)
+    )
+    trainer = Trainer(_model_to_train(options, config.seed), data, dev, options.out, config)
+    if options.resume and not (options.out / "last").exists():
+        print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
+    history = trainer.fit(resume=options.resume)
+    best = max(history, key=lambda entry: entry.get("rsum", entry["epoch"]))
+    dev_text = f", dev rSum {best['rsum']:.1f}" if "rsum" in best else ""
+    print(f"best epoch {best['epoch'] + 1} of {len(history)}{dev_text}: {Path(options.out) / 'best'}")
+    return 0
+
+
+def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
+    import torch
+
+    from .heads import head_names
+    from .model import LAPS
+
+    new = ("image_checkpoint", "text_checkpoint", "head", "head_option", "loss", "margin")
+    if options.model is not None:
+        given = [f"--{name.replace('_', '-')}" for name in new if getattr(options, name) is not None]
+        if given:
+            raise LapsValueError(
+                _check.message(
+                    "laps train", f"{', '.join(given)} with --model", "a --preset", "a saved model"
+                )
+            )
+        return LAPS.from_pretrained(options.model)
+    head = _check.choice("laps train", "--head", options.head or "laps", head_names())
+    loss = {
+        name: value
+        for name, value in (("name", options.loss), ("margin", options.margin))
+        if value is not None
+    }
+    torch.manual_seed(seed)
+    return LAPS.from_preset(
+        options.preset or DEFAULT_PRESET,
+        image_checkpoint=options.image_checkpoint,
+        text_checkpoint=options.text_checkpoint,
+        head=head,
+        head_options=dict(_name_and_value(pair) for pair in options.head_option or ()),
+        loss=loss,
+    )
+
+
+def _eval(options: argparse.Namespace) -> int:
+    import torch
+
+    from ._device import choose_device
+    from .data import load
+    from .evaluation import evaluate
+    from .model import LAPS
+
+    device = choose_device("laps eval", options.device)
+    model = LAPS.from_pretrained(options.model).to(device)
+    data = load(options.data, options.split, images=options.images)
+    result = evaluate(
+        model,
+        data,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        device=device,
+        amp=options.amp,
+        feature_dtype=torch.float16 if options.half_features else None,
+        folds=options.folds,
+        rerank=options.rerank,
+        progress=not options.quiet,
+    )
+    print(result.table())
+    if options.json is not None:
+        result.save_json(options.json)
+    if options.csv is not None:
+        result.save_csv(options.csv)
+    return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from .data import check
+
+    report = check(options.path, images=options.images)
+    print(json.dumps(report.to_dict(), indent=1) if options.json else report)
+    return 0 if report.ok else 1
+
+
+def _make_scenes(options: argparse.Namespace) -> int:
+    from .data import make_scenes
+
+    path = make_scenes(
+        options.folder,
+        num_train=options.train,
+        num_dev=options.dev,
+        num_test=options.test,
+        image_size=options.size,
+        seed=options.seed,
+    )
+    print(path)
+    return 0
+
+
+def _heads_list(options: argparse.Namespace) -> int:
+    from . import heads
+
+    print("\n".join(heads.head_names()))
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from ._info import info
+
+    print(info())
+    return 0
+
+
+# ---- arguments
+
+
+def _float_or_none(text: str) -> float | None:
+    return None if text == "none" else float(text)
+
+
+# Of the options of training whose default does not tell.
+TYPES: dict[str, Callable[[str], Any]] = {"device": str, "augment": float, "clip_norm": _float_or_none}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: the usage of `laps train` fills a screen."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="laps", description="Fine-grained image-text retrieval (LAPS, CVPR 2024).")
+    parser.add_argument("--version", action="version", version=f"laps {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="draw scenes, train on them, evaluate, search; writes a report")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder (default: out/demo)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--open", action="store_true", help="show the report in a browser")
+    demo.set_defaults(command=_demo)
+
+    _add_train(commands.add_parser("train", help="train a model on a data set"))
+    _add_eval(commands.add_parser("eval", help="recall of a trained model on a split"))
+
+    data = commands.add_parser("data", help="look at data sets, or make one")
+    data_commands = data.add_subparsers(metavar="COMMAND", required=True)
+    check = data_commands.add_parser("check", help="missing images, empty captions, split leaks, counts")
+    check.add_argument("path", type=Path, help="a file or folder of captions")
+    check.add_argument("--images", type=Path, help="folder of the images")
+    check.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(command=_data_check)
+    scenes = data_commands.add_parser("make-scenes", help="drawn scenes with captions, in Karpathy's format")
+    scenes.add_argument("folder", type=Path)
+    scenes.add_argument("--train", type=int, default=4000, help="images (default: 4000)")
+    scenes.add_argument("--dev", type=int, default=500, help="images (default: 500)")
+    scenes.add_argument("--test", type=int, default=500, help="images (default: 500)")
+    scenes.add_argument("--size", type=int, default=96, help="pixels (default: 96)")
+    scenes.add_argument("--seed", type=int, default=0)
+    scenes.set_defaults(command=_make_scenes)
+
+    heads = commands.add_parser("heads", help="similarity heads")
+    heads_commands = heads.add_subparsers(metavar="COMMAND", required=True)
+    heads_commands.add_parser("list", help="their names").set_defaults(command=_heads_list)
+
+    commands.add_parser("info", help="versions and backends").set_defaults(command=_info)
+    return parser
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from .config import PRESETS
+    from .objective import NAMES
+
+    parser.add_argument("data", type=Path, help="a file or folder of captions with its splits")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--images", type=Path, help="folder of the images, where it is not beside the captions"
+    )
+    parser.add_argument("--train-split", default="train")
+    parser.add_argument("--dev-split", default="dev", help='chooses the best epoch; "none" for the last one')
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--preset", choices=sorted(PRESETS), help=f"default: {DEFAULT_PRESET}")
+    start.add_argument("--model", help="start from this saved model instead: a folder or hub id")
+    parser.add_argument(
+        "--image-checkpoint", help="a folder or hub id in place of the preset's image encoder"
+    )
+    parser.add_argument("--text-checkpoint", help="a folder or hub id in place of the preset's text encoder")
+    parser.add_argument("--head", help="default: laps; see: laps heads list")
+    parser.add_argument(
+        "--head-option", action="append", metavar="NAME=VALUE", help="repeatable, VALUE in JSON"
+    )
+    parser.add_argument("--loss", choices=NAMES, help="default: hinge")
+    parser.add_argument("--margin", type=float, help="default: 0.2")
+    _add_train_config(parser.add_argument_group("recipe", "defaults: the published recipe"))
+    parser.set_defaults(command=_train)
+
+
+def _add_train_config(group: argparse._ArgumentGroup) -> None:
+    """One option for each field of TrainConfig; one that is not given is not set."""
+    from .train_config import TrainConfig
+
+    for field in fields(TrainConfig):
+        assert field.default is not MISSING
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+        elif isinstance(default, tuple):
+            item = str if field.name == "loggers" else int
+            group.add_argument(flag, nargs="*", type=item, help=f"default: {list(default)}", **common)
+        else:
+            kind = TYPES.get(field.name, type(default))
+            text = {
+                "device": "cuda if there is one",
+                "augment": "0.2, or 0 for CLIP, which has no mask token",
+            }
+            group.add_argument(flag, type=kind, help=f"default: {text.get(field.name, default)}", **common)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="a saved model: a folder or hub id")
+    parser.add_argument("data", type=Path, help="a file or folder of captions")
+    parser.add_argument("--split", default="test")
+    parser.add_argument(
+        "--images", type=Path, help="folder of the images, where it is not beside the captions"
+    )
+    parser.add_argument("--folds", type=int, help="5 for COCO 1K: the mean over five folds")
+    parser.add_argument("--rerank", type=int, metavar="K", help="also the two-stage form with K candidates")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--num-workers", type=int, default=4)
+    parser.add_argument("--device")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in the encoders")
+    parser.add_argument("--half-features", action="store_true", help="hold features in float16")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    parser.add_argument("--csv", type=Path, help="also write the result here")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(command=_eval)
+
+
+def _name_and_value(pair: str) -> tuple[str, Any]:
+    name, sign, value = pair.partition("=")
+    if not sign:
+        raise LapsValueError(_check.message("laps train", "--head-option is no pair", "NAME=VALUE", pair))
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,35 @@
+"""Image-caption data: files on the disk to batches for a training step.
+
+- :func:`load` and the ``read_*`` functions: any supported format to a :class:`RetrievalData`;
+- :class:`CaptionTokenizer`, :class:`ImageTransform`, :func:`open_image`: text to ids, image files to pixels;
+- :class:`CaptionDataset`, :class:`ImageDataset`: PyTorch datasets of these, for any DataLoader;
+- :func:`check`: what is wrong with a data set;
+- :func:`make_scenes`: a data set of drawn scenes, to try all of it without a download.
+"""
+
+from .check import CheckReport, check
+from .dataset import Batch, CaptionDataset, ImageDataset
+from .formats import load, read_caption_files, read_karpathy, read_pairs
+from .images import open_image
+from .records import RetrievalData
+from .scenes import make_scenes
+from .tokenizer import CaptionTokenizer, Tokens
+from .transforms import ImageTransform
+
+__all__ = [
+    "Batch",
+    "CaptionDataset",
+    "CaptionTokenizer",
+    "CheckReport",
+    "ImageDataset",
+    "ImageTransform",
+    "RetrievalData",
+    "Tokens",
+    "check",
+    "load",
+    "make_scenes",
+    "open_image",
+    "read_caption_files",
+    "read_karpathy",
+    "read_pairs",
+]

@@ -1,0 +1,317 @@
+"""What is wrong with a data set, found before a training run does: `laps data check`."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .. import _check
+from ..errors import LapsValueError
+from .formats import detect, listings
+from .images import open_with_mode
+from .listing import Listing, missing_files
+from .tokenizer import CaptionTokenizer
+
+__all__ = ["CheckReport", "Leak", "SplitReport", "check"]
+
+# A full list goes to `to_dict`; a person reads the first ones.
+SHOWN = 10
+
+
+@dataclass
+class SplitReport:
+    """One split: how much there is, and what is wrong with it.
+
+    Attributes:
+        images, captions: how many.
+        captions_per_image: "min", "median", "max".
+        missing: paths of files that are not there.
+        unreadable: path to reason.
+        converted: Pillow mode to the number of images that become RGB from it.
+        empty_captions: where they stand.
+        long_captions: where they stand, and their number of tokens; they get truncated.
+        duplicate_images: groups of paths with the same content.
+        duplicate_captions: where a caption stands that its image has already.
+    """
+
+    images: int
+    captions: int
+    captions_per_image: dict[str, float]
+    missing: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+    converted: dict[str, int] = field(default_factory=dict)
+    empty_captions: list[str] = field(default_factory=list)
+    long_captions: list[tuple[str, int]] = field(default_factory=list)
+    duplicate_images: list[list[str]] = field(default_factory=list)
+    duplicate_captions: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """No image is missing or unreadable, and no caption empty."""
+        return not (self.missing or self.unreadable or self.empty_captions)
+
+
+@dataclass
+class Leak:
+    """What two splits share: images, as pairs of paths, and the captions that these have in both."""
+
+    splits: tuple[str, str]
+    images: list[tuple[str, str]]
+    captions: list[str]
+
+
+@dataclass
+class CheckReport:
+    """What :func:`check` found; ``str(report)`` is for reading.
+
+    Attributes:
+        path: what was checked.
+        splits: name to report.
+        leaks: pairs of splits that share an image.
+        max_length: what captions were measured with, or None.
+        ok: whether nothing is missing, unreadable, empty or shared. Long captions, duplicates inside a split
+            and conversions are reported and do not count: training takes them.
+    """
+
+    path: str
+    splits: dict[str, SplitReport]
+    leaks: list[Leak]
+    max_length: int | None
+
+    @property
+    def ok(self) -> bool:
+        return not self.leaks and all(split.ok for split in self.splits.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON has it."""
+        return {"ok": self.ok, **asdict(self)}
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {'ok' if self.ok else 'problems found'}"]
+        for name, split in self.splits.items():
+            low, middle, high = (f"{split.captions_per_image[key]:g}" for key in ("min", "median", "max"))
+            lines.append(
+                f"{name}: {split.images} images, {split.captions} captions; "
+                f"per image {low} to {high}, median {middle}"
+            )
+            lines += _items("missing images", split.missing)
+            lines += _items("unreadable images", [f"{path}: {why}" for path, why in split.unreadable.items()])
+            lines += _items("empty captions", split.empty_captions)
+            lines += _items(
+                f"captions above {self.max_length} tokens, which get truncated",
+                [f"{place}: {tokens} tokens" for place, tokens in split.long_captions],
+            )
+            lines += _items("images given more than once", [" = ".join(g) for g in split.duplicate_images])
+            lines += _items("captions given more than once for an image", split.duplicate_captions)
+            if split.converted:
+                modes = ", ".join(
+                    f"{count} of mode {mode}" for mode, count in sorted(split.converted.items())
+                )
+                lines.append(f"  converted to RGB: {modes}")
+        for leak in self.leaks:
+            first, second = leak.splits
+            lines.append(f"{first} and {second} share images:")
+            lines += _items("images", [a if a == b else f"{a} = {b}" for a, b in leak.images])
+            lines += _items("captions of these", leak.captions)
+        if self.max_length is None:
+            lines.append("The captions' lengths in tokens were not checked: no tokenizer was given.")
+        return "\n".join(lines)
+
+
+def check(
+    path: str | Path,
+    *,
+    images: str | Path | None = None,
+    splits: Sequence[str] | None = None,
+    tokenizer: CaptionTokenizer | None = None,
+    max_length: int | None = None,
+    threads: int = 8,
+    progress: bool = True,
+) -> CheckReport:
+    """Read every image and caption of a data set, and report what is wrong.
+
+    Images are compared by content, so that a copy under another name counts as shared between splits too.
+
+    Args:
+        path: as for :func:`laps.data.load`.
+        images: as for :func:`laps.data.load`.
+        splits: those to check; None for all.
+        tokenizer: with it, captions without tokens count as empty, and long ones are reported.
+        max_length: the most tokens of a caption; None takes the tokenizer's.
+        threads: how many images are read at once.
+        progress: whether to show a bar.
+
+    Raises:
+        LapsValueError: the annotations cannot be read, no image is found at all, an unknown split.
+
+    Example:
+        >>> import tempfile, pathlib, PIL.Image, laps.data
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> PIL.Image.new("L", (8, 8)).save(folder / "a.png")
+        >>> _ = (folder / "test.csv").write_text("image,caption\\na.png,a cat\\nb.png,a dog\\n")
+        >>> report = laps.data.check(folder, progress=False)
+        >>> report.ok, report.splits["test"].converted, len(report.splits["test"].missing)
+        (False, {'L': 1}, 1)
+    """
+    operation = "check"
+    threads = _check.count(operation, "threads", threads)
+    if max_length is not None and tokenizer is None:
+        raise LapsValueError(_check.message(operation, "max_length needs a tokenizer", "both or none"))
+    limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
+    found = listings(operation, *detect(operation, Path(path)))
+    chosen = _chosen(operation, path, found, splits)
+    folder = None if images is None else Path(images)
+    paths = {name: listing.paths(operation, folder) for name, listing in chosen.items()}
+    contents = _read_images(sorted({p for group in paths.values() for p in group}), threads, progress)
+    reports = {
+        name: _split_report(listing, paths[name], contents, tokenizer, limit)
+        for name, listing in chosen.items()
+    }
+    pairs = [pair for pair in combinations(chosen, 2) if not _nested(*pair)]
+    leaks = [_leak(pair, chosen, paths, contents) for pair in pairs]
+    return CheckReport(str(path), reports, [leak for leak in leaks if leak.images], limit)
+
+
+def _chosen(
+    operation: str, path: str | Path, found: dict[str, Listing], splits: Sequence[str] | None
+) -> dict[str, Listing]:
+    unknown = [split for split in splits or () if split not in found]
+    if unknown:
+        raise LapsValueError(
+            _check.message(operation, f"{path} has no split {unknown[0]!r}", f"one of {', '.join(found)}")
+        )
+    return found if splits is None else {split: found[split] for split in splits}
+
+
+def _nested(first: str, second: str) -> bool:
+    """COCO's "test" is the first part of its "testall" by design."""
+    return first == f"{second}all" or second == f"{first}all"
+
+
+# ---- images
+
+
+@dataclass(frozen=True)
+class _Content:
+    """An image file: a digest of its bytes (of the path where there are none), its mode, what is wrong."""
+
+    key: str
+    mode: str = "RGB"
+    error: str = ""
+
+
+def _read_image(path: Path) -> _Content:
+    try:
+        mode = open_with_mode(path)[1]
+    except LapsValueError as error:
+        return _Content(str(path), error=str(error).removeprefix(f"open_image: {path} "))
+    return _Content(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), mode)
+
+
+def _read_images(paths: Sequence[Path], threads: int, progress: bool) -> dict[Path, _Content]:
+    absent = set(missing_files(list(paths)))
+    contents = {path: _Content(str(path), error="missing") for i, path in enumerate(paths) if i in absent}
+    present = [path for i, path in enumerate(paths) if i not in absent]
+    pool = ThreadPoolExecutor(threads)
+    try:
+        # Decoding releases the GIL.
+        results = pool.map(_read_image, present)
+        bar = tqdm(results, total=len(present), desc="images", unit="image", disable=not progress)
+        contents.update(zip(present, bar, strict=True))
+    finally:
+        # Ctrl-C must not wait for the images that are still queued.
+        pool.shutdown(cancel_futures=True)
+    return contents
+
+
+# ---- reports
+
+
+def _split_report(
+    listing: Listing,
+    paths: Sequence[Path],
+    contents: Mapping[Path, _Content],
+    tokenizer: CaptionTokenizer | None,
+    limit: int | None,
+) -> SplitReport:
+    counts = Counter(listing.caption_to_image)
+    per_image = [counts[i] for i in range(len(paths))]
+    report = SplitReport(
+        len(paths),
+        len(listing.captions),
+        {"min": min(per_image), "median": statistics.median(per_image), "max": max(per_image)},
+    )
+    same: dict[str, list[str]] = {}
+    for path in paths:
+        content = contents[path]
+        if content.error == "missing":
+            report.missing.append(str(path))
+        elif content.error:
+            report.unreadable[str(path)] = content.error
+        else:
+            same.setdefault(content.key, []).append(str(path))
+            if content.mode != "RGB":
+                report.converted[content.mode] = report.converted.get(content.mode, 0) + 1
+    report.duplicate_images = [group for group in same.values() if len(group) > 1]
+    _check_captions(report, listing, tokenizer, limit)
+    return report
+
+
+def _check_captions(
+    report: SplitReport, listing: Listing, tokenizer: CaptionTokenizer | None, limit: int | None
+) -> None:
+    seen: set[tuple[int, str]] = set()
+    for t, caption in enumerate(listing.captions):
+        place = listing.place_of(t)
+        pair = (listing.caption_to_image[t], caption)
+        tokens = None if tokenizer is None else tokenizer.count(caption)
+        # Two tokens: the start and the end.
+        if not caption or tokens == 2:
+            report.empty_captions.append(place)
+        elif pair in seen:
+            report.duplicate_captions.append(place)
+        if tokens is not None and limit is not None and tokens > limit:
+            report.long_captions.append((place, tokens))
+        seen.add(pair)
+
+
+def _leak(
+    splits: tuple[str, str],
+    chosen: Mapping[str, Listing],
+    paths: Mapping[str, Sequence[Path]],
+    contents: Mapping[Path, _Content],
+) -> Leak:
+    first, second = splits
+    own = {contents[path].key: path for path in paths[first]}
+    shared = [(own[contents[path].key], path) for path in paths[second] if contents[path].key in own]
+    keys = {contents[path].key for _, path in shared}
+    captions = [_keyed_captions(chosen[name], paths[name], contents, keys) for name in splits]
+    return Leak(
+        (first, second),
+        [(str(a), str(b)) for a, b in shared],
+        sorted({text for _, text in captions[0] & captions[1]}),
+    )
+
+
+def _keyed_captions(
+    listing: Listing, paths: Sequence[Path], contents: Mapping[Path, _Content], keys: set[str]
+) -> set[tuple[str, str]]:
+    """The captions of the images with these contents, each with its image's key."""
+    pairs = zip(listing.caption_to_image, listing.captions, strict=True)
+    return {(contents[paths[i]].key, text) for i, text in pairs if contents[paths[i]].key in keys}
+
+
+def _items(title: str, items: Sequence[str]) -> list[str]:
+    if not items:
+        return []
+    more = [f"    ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
+    return [f"  {title}: {len(items)}", *(f"    {item}" for item in items[:SHOWN]), *more]

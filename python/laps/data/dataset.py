@@ -1,0 +1,259 @@
+"""Training pairs and images as plain PyTorch datasets, for any DataLoader."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import _check
+from ..errors import LapsValueError
+from .images import open_image
+from .records import RetrievalData
+from .tokenizer import CaptionTokenizer
+from .transforms import ImageTransform
+
+__all__ = ["Batch", "CaptionDataset", "Example", "ImageDataset"]
+
+ON_ERROR = ("raise", "skip")
+
+
+@dataclass
+class Batch:
+    """What a training step takes: B captions, each with its image.
+
+    Attributes:
+        pixel_values: (B, 3, S, S) float32.
+        input_ids: (B, L) int64, padded.
+        lengths: (B,) int64, always on the CPU, where the head reads them without waiting for the device.
+        image_ids: (B,) int64, which image of the data row i shows.
+        caption_ids: (B,) int64, which caption of the data row i has.
+    """
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    lengths: Tensor
+    image_ids: Tensor
+    caption_ids: Tensor
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on a device; the lengths stay on the CPU."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if field.name != "lengths"
+        }
+        return Batch(lengths=self.lengths, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The batch in pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
+        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+
+
+@dataclass
+class Example:
+    """One caption with its image: pixels (3, S, S), token ids, and both indices."""
+
+    pixel_values: Tensor
+    token_ids: list[int]
+    image_id: int
+    caption_id: int
+
+
+def _shared(tensor: Tensor) -> Tensor:
+    """The tensor in memory that DataLoader workers and the main process share."""
+    tensor.share_memory_()  # type: ignore[no-untyped-call]
+    return tensor
+
+
+class _Images:
+    """Opens images by index; what happens to an unreadable one is the caller's choice."""
+
+    def __init__(self, operation: str, paths: Sequence[Path], on_error: str) -> None:
+        self.paths = paths
+        self.skip = _check.choice(operation, "on_error", on_error, ON_ERROR) == "skip"
+        # Shared: all workers together warn once per path.
+        self.warned = _shared(torch.zeros(len(paths), dtype=torch.bool))
+
+    def open(self, index: int) -> Image.Image | None:
+        try:
+            return open_image(self.paths[index])
+        except LapsValueError as error:
+            if not self.skip:
+                raise
+            if not self.warned[index]:
+                self.warned[index] = True
+                warnings.warn(f"skipped: {error}", stacklevel=3)
+            return None
+
+
+class CaptionDataset(Dataset[Example | None]):
+    """For training: item t is caption t with its image.
+
+    All randomness of an item (image crop, flip, caption augmentation) depends on (seed, epoch, t) alone: not
+    on the number of workers, the order, or the generators of the process, which are left as they were.
+
+    Use it with its own :meth:`collate`: ``DataLoader(dataset, batch_size=64, collate_fn=dataset.collate)``.
+
+    Args:
+        data: of :func:`laps.data.load`.
+        tokenizer, transform: what makes ids of captions and pixels of images.
+        seed: any integer.
+        train: False for neither image nor caption augmentation.
+        augment: the probability that a word is changed; see :meth:`CaptionTokenizer.augment`.
+        on_error: "raise" for an image that cannot be read, "skip" to warn once per path and go on without.
+
+    Raises:
+        LapsValueError, LapsTypeError: a wrong argument; augmentation with a vocabulary without mask token.
+            Items raise LapsValueError for an unreadable image (with its path) or a caption without tokens
+            (with its index).
+
+    Example:
+        >>> import tempfile, pathlib, PIL.Image
+        >>> from laps.data import CaptionDataset, CaptionTokenizer, ImageTransform, RetrievalData
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "cat.png"
+        >>> PIL.Image.new("RGB", (40, 30)).save(path)
+        >>> data = RetrievalData([path], ["a cat", "the black cat"], [0, 0])
+        >>> tokenizer = CaptionTokenizer.train(data.captions, vocab_size=60)
+        >>> dataset = CaptionDataset(data, tokenizer, ImageTransform(image_size=32), augment=0)
+        >>> batch = dataset.collate([dataset[0], dataset[1]])
+        >>> batch.pixel_values.shape, batch.lengths.tolist(), batch.image_ids.tolist()
+        (torch.Size([2, 3, 32, 32]), [4, 5], [0, 0])
+    """
+
+    def __init__(
+        self,
+        data: RetrievalData,
+        tokenizer: CaptionTokenizer,
+        transform: ImageTransform,
+        *,
+        seed: int = 0,
+        train: bool = True,
+        augment: float = 0.2,
+        on_error: str = "raise",
+    ) -> None:
+        operation = "CaptionDataset"
+        self.data, self.tokenizer = data, tokenizer
+        self.seed = int(_check.count(operation, "seed", seed, -(2**63)))
+        augment = _check.number(operation, "augment", augment, 0.0, 1.0)
+        self.augment = augment if _check.flag(operation, "train", train) else 0.0
+        if self.augment > 0 and tokenizer.mask_id is None:
+            raise LapsValueError(
+                _check.message(
+                    operation, "the tokenizer has no mask token", "augment=0", f"augment={augment:g}"
+                )
+            )
+        self._to_pixels = transform.train() if train else transform.eval()
+        self._images = _Images(operation, data.image_paths, on_error)
+        # Shared: workers that outlive an epoch see the next one.
+        self._epoch = _shared(torch.zeros((), dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return self.data.num_captions
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that items are drawn for."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw other augmentations: call it before each epoch's iteration over the DataLoader."""
+        self._epoch.fill_(_check.count("CaptionDataset.set_epoch", "epoch", epoch, 0))
+
+    def __getitem__(self, t: int) -> Example | None:
+        image_id = int(self.data.caption_to_image[t])
+        image = self._images.open(image_id)
+        if image is None:
+            return None
+        words, pixels = self._seeds(t)
+        try:
+            token_ids = self.tokenizer.augment(self.data.captions[t], random.Random(words), self.augment)
+        except LapsValueError as error:
+            raise LapsValueError(f"CaptionDataset: caption {t} of {self.data.name}: {error}") from error
+        # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(pixels)
+            return Example(self._to_pixels(image), token_ids, image_id, t)
+
+    def _seeds(self, t: int) -> tuple[int, int]:
+        """One seed for the caption and one for the image."""
+        key = hashlib.blake2b(f"{self.seed},{self.epoch},{t}".encode(), digest_size=16).digest()
+        return int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
+
+    def collate(self, examples: Sequence[Example | None]) -> Batch:
+        """Examples as one padded batch, without skipped ones. LapsValueError if nothing is left."""
+        kept = [example for example in examples if example is not None]
+        if not kept:
+            raise LapsValueError(
+                _check.message(
+                    "CaptionDataset.collate",
+                    "no example of the batch is left",
+                    "at least one readable image",
+                    f"{len(examples)} skipped",
+                )
+            )
+        input_ids, lengths = self.tokenizer.pad([example.token_ids for example in kept])
+        return Batch(
+            pixel_values=torch.stack([example.pixel_values for example in kept]),
+            input_ids=input_ids,
+            lengths=lengths,
+            image_ids=torch.tensor([example.image_id for example in kept]),
+            caption_ids=torch.tensor([example.caption_id for example in kept]),
+        )
+
+
+class ImageDataset(Dataset[tuple[int, Tensor] | None]):
+    """For evaluation and indexing: item i is (i, the pixels of image i), without augmentation.
+
+    Args:
+        data: of :func:`laps.data.load`, or a list of image files.
+        transform: what makes pixels of images.
+        on_error: "raise" for an image that cannot be read, "skip" to warn once per path and go on without.
+
+    Raises:
+        LapsValueError, LapsTypeError: a wrong argument. Items raise LapsValueError, with the path, for an
+            image that cannot be read.
+
+    Example:
+        >>> import tempfile, pathlib, PIL.Image
+        >>> from laps.data import ImageDataset, ImageTransform
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "cat.png"
+        >>> PIL.Image.new("RGB", (40, 30)).save(path)
+        >>> images = ImageDataset([path], ImageTransform(image_size=32))
+        >>> indices, pixels = images.collate([images[0]])
+        >>> indices.tolist(), pixels.shape
+        ([0], torch.Size([1, 3, 32, 32]))
+    """
+
+    def __init__(
+        self, data: RetrievalData | Sequence[Path], transform: ImageTransform, *, on_error: str = "raise"
+    ) -> None:
+        paths = data.image_paths if isinstance(data, RetrievalData) else [Path(path) for path in data]
+        self._images = _Images("ImageDataset", paths, on_error)
+        self._size, self._to_pixels = transform.image_size, transform.eval()
+
+    def __len__(self) -> int:
+        return len(self._images.paths)
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor] | None:
+        image = self._images.open(i)
+        return None if image is None else (i, self._to_pixels(image))
+
+    def collate(self, items: Sequence[tuple[int, Tensor] | None]) -> tuple[Tensor, Tensor]:
+        """Indices (B,) int64 and pixels (B, 3, S, S), without skipped images; B may be 0."""
+        kept = [item for item in items if item is not None]
+        indices = torch.tensor([index for index, _ in kept], dtype=torch.int64)
+        if not kept:
+            return indices, torch.empty(0, 3, self._size, self._size)
+        return indices, torch.stack([pixels for _, pixels in kept])

@@ -1,0 +1,127 @@
+"""One split as its files state it, and the step from there to images that exist on the disk."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from .. import _check
+from ..errors import LapsValueError
+from .records import RetrievalData
+
+# Where the common archives of photographs unpack to, beside the annotations.
+KNOWN_FOLDERS = {"f30k": "flickr30k-images", "flickr30k": "flickr30k-images", "coco": "coco-images"}
+
+
+@dataclass
+class Listing:
+    """One split, with nothing looked up on the disk and nothing refused yet: `check` reads this too.
+
+    Attributes:
+        name: for messages, for example ``"dataset.json/test"``.
+        place: where captions stand, with ``{}`` for `lines`, for example ``"pairs.csv:{}"``.
+        image_folders: where the image files may be, best guess first.
+        files: image i, relative to one of these folders, each once.
+        captions, caption_to_image, lines: caption t, its image, and its line or entry.
+    """
+
+    name: str
+    place: str
+    image_folders: list[Path]
+    files: list[str] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    caption_to_image: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    _index: dict[str, int] = field(default_factory=dict)
+
+    def add_image(self, file: str) -> int:
+        """The image's number; a file that is named again is the same image."""
+        index = self._index.setdefault(file, len(self.files))
+        if index == len(self.files):
+            self.files.append(file)
+        return index
+
+    def add_caption(self, image: int, caption: str, line: int) -> None:
+        self.captions.append(caption.strip())
+        self.caption_to_image.append(image)
+        self.lines.append(line)
+
+    def place_of(self, caption: int) -> str:
+        """Where caption t stands, for messages."""
+        return self.place.replace("{}", str(self.lines[caption]))
+
+    def paths(self, operation: str, images: Path | None) -> list[Path]:
+        """The path of each image: in `images`, or in the first likely folder that holds any of them."""
+        folders = self.image_folders if images is None else [images]
+        if images is not None and not images.is_dir():
+            raise LapsValueError(_check.message(operation, f"images {images} is missing", "a folder"))
+        for folder in folders:
+            paths = [folder / file for file in self.files]
+            if folder.is_dir() and any(path.is_file() for path in paths):
+                return paths
+        looked = ", ".join(str(folder) for folder in folders)
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"no image of {self.name} was found, for example {self.files[0]}",
+                "the folder of the image files, given as images=...",
+                f"none of them in {looked}",
+            )
+            if self.files
+            else _check.message(operation, f"{self.name} lists no image", "at least one")
+        )
+
+    def resolve(self, operation: str, images: Path | None, on_missing: str) -> RetrievalData:
+        """The split as data. Raises LapsValueError for an empty caption or, if asked, a missing file."""
+        for caption, text in enumerate(self.captions):
+            if not text:
+                raise LapsValueError(
+                    _check.message(operation, f"{self.place_of(caption)} has an empty caption", "text")
+                )
+        paths = self.paths(operation, images)
+        if on_missing == "raise":
+            self._refuse_missing(operation, paths)
+        return RetrievalData(paths, self.captions, np.array(self.caption_to_image, np.int64), self.name)
+
+    def _refuse_missing(self, operation: str, paths: list[Path]) -> None:
+        missing = missing_files(paths)
+        if not missing:
+            return
+        wanted = missing[0]
+        place = next(
+            (self.place_of(t) for t, i in enumerate(self.caption_to_image) if i == wanted), self.name
+        )
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"{place} names {paths[wanted]}, which is missing",
+                'every image file, or on_missing="keep"',
+                f"{len(missing)} of {len(paths)} missing",
+            )
+        )
+
+
+def missing_files(paths: list[Path]) -> list[int]:
+    """Which of the files are missing. One listing per folder: asking per file is slow on network disks."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for i, path in enumerate(paths):
+        folder, name = os.path.split(path)
+        if folder not in present:
+            present[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+        if name not in present[folder]:
+            missing.append(i)
+    return missing
+
+
+def likely_folders(beside: Path, *names: str) -> list[Path]:
+    """Where the images of a file in the folder `beside` may be, given the data set's names."""
+    folders = [beside / "images"]
+    for name in names:
+        folders += [beside / name, beside / f"{name}-images"]
+        if name in KNOWN_FOLDERS:
+            folders += [beside / KNOWN_FOLDERS[name], beside.parent / KNOWN_FOLDERS[name]]
+    return list(dict.fromkeys([*folders, beside.parent / "images", beside]))

@@ -1,0 +1,231 @@
+"""The syntax of each format: files to a `Listing` per split, or an error that names file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .. import _check
+from ..errors import LapsValueError
+from .listing import Listing, likely_folders
+
+CAPTIONS_END = "_caps.txt"
+PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
+# A file of pairs without a split column is that split if it is called so.
+SPLIT_NAMES = ("train", "val", "dev", "valid", "validation", "test")
+
+
+def pair_files(folder: Path) -> list[Path]:
+    """The files of a folder that may hold pairs."""
+    return sorted(file for suffix in PAIR_SUFFIXES for file in folder.glob(f"*{suffix}"))
+
+
+def _text(operation: str, file: Path) -> str:
+    """The text of a file, of UTF-8 with or without a byte order mark."""
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise LapsValueError(
+            _check.message(operation, f"{file} cannot be read", "a text file", error.strerror)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise LapsValueError(
+            _check.message(operation, f"{file} is not UTF-8", "UTF-8", f"byte {error.start}: {error.reason}")
+        ) from error
+
+
+def _json(operation: str, text: str, file: Path, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise LapsValueError(
+            _check.message(operation, f"{file}:{line + error.lineno - 1} is malformed", "JSON", error.msg)
+        ) from error
+
+
+def _field(operation: str, place: str, entry: object, key: str, kind: type = str) -> Any:
+    """The value of a key, which has to be there and of the right type."""
+    value = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(value, kind) or value == "":
+        if not isinstance(entry, dict):
+            got = _check.name_of(entry)
+        else:
+            got = repr(value) if key in entry else f"only {', '.join(map(str, entry)) or 'nothing'}"
+        raise LapsValueError(
+            _check.message(operation, f"{place} has no usable {key!r}", f"{key!r}: {kind.__name__}", got)
+        )
+    return value
+
+
+def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
+    content = _json(operation, _text(operation, file), file)
+    entries = _field(operation, str(file), content, "images", list)
+    names = [content["dataset"]] if isinstance(content.get("dataset"), str) else []
+    folders = likely_folders(file.parent, *names)
+    found: dict[str, Listing] = {}
+    for number, entry in enumerate(entries):
+        place = f"{file}: images[{number}]"
+        split = _field(operation, place, entry, "split")
+        split = "train" if split == "restval" else split
+        listing = found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}: images[{{}}]", folders))
+        folder, name = entry.get("filepath") or "", _field(operation, place, entry, "filename")
+        image = listing.add_image(f"{folder}/{name}" if folder else name)
+        for sentence in _field(operation, place, entry, "sentences", list):
+            if not isinstance(sentence, dict) or not isinstance(sentence.get("raw"), str):
+                raise LapsValueError(
+                    _check.message(operation, f"{place} has a sentence without 'raw'", "'raw': str", sentence)
+                )
+            listing.add_caption(image, sentence["raw"], number)
+    return found
+
+
+def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
+    captions_file, ids_file = folder / f"{split}{CAPTIONS_END}", folder / f"{split}_ids.txt"
+    # Lines end at a line feed only: captions may hold Unicode's other separators.
+    captions = _text(operation, captions_file).removesuffix("\n").split("\n")
+    ids = _text(operation, ids_file).split()
+    if not ids or len(captions) % len(ids):
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"{ids_file} does not fit {captions_file.name}",
+                "one id per caption, or one id per image with equally many captions each",
+                f"{len(ids)} ids and {len(captions)} captions",
+            )
+        )
+    mapping_file, mapping = _id_mapping(operation, folder)
+    listing = Listing(
+        f"{folder.name}/{split}",
+        f"{captions_file}:{{}}",
+        # VSE-infinity keeps the annotations in a folder of the data set's.
+        likely_folders(folder.parent, folder.name) + likely_folders(folder, folder.name),
+    )
+    for line, id_ in enumerate(ids, 1):
+        # The ids were integers once: "0042" and "42" are the same.
+        name = mapping.get(id_) or mapping.get(id_.lstrip("0") or "0")
+        if not isinstance(name, str):
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"{ids_file}:{line} has the id {id_}, which has no image",
+                    f"an id of {mapping_file}",
+                )
+            )
+        each = len(captions) // len(ids)
+        for caption in range((line - 1) * each, line * each):
+            listing.add_caption(listing.add_image(name), captions[caption], caption + 1)
+    return listing
+
+
+def _id_mapping(operation: str, folder: Path) -> tuple[Path, dict[str, Any]]:
+    candidates = [folder / "id_mapping.json", folder.parent / "id_mapping.json"]
+    for file in candidates:
+        if file.is_file():
+            mapping = _json(operation, _text(operation, file), file)
+            if not isinstance(mapping, dict):
+                raise LapsValueError(
+                    _check.message(
+                        operation,
+                        f"{file} maps no ids",
+                        "an object, id to file name",
+                        _check.name_of(mapping),
+                    )
+                )
+            return file, mapping
+    raise LapsValueError(
+        _check.message(operation, "id_mapping.json is missing", " or ".join(map(str, candidates)))
+    )
+
+
+def parse_pairs(operation: str, path: Path) -> dict[str, Listing]:
+    found: dict[str, Listing] = {}
+    for file in pair_files(path) if path.is_dir() else [path]:
+        _add_pairs(operation, file, found)
+    return found
+
+
+def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
+    splits: dict[str, Listing] = {}
+    rows = _json_rows if file.suffix == ".jsonl" else _csv_rows
+    for line, row in rows(operation, file):
+        place = f"{file}:{line}"
+        if "split" in row:
+            split = _field(operation, place, row, "split")
+        else:
+            split = file.stem if file.stem in SPLIT_NAMES else "all"
+        if split in found:
+            raise LapsValueError(
+                _check.message(operation, f"{place} continues {found[split].name}", "one file per split")
+            )
+        if split not in splits:
+            folders = likely_folders(file.parent, file.stem)
+            splits[split] = Listing(f"{file.name}/{split}", f"{file}:{{}}", folders)
+        if not isinstance(row.get("caption"), str):
+            _field(operation, place, row, "caption")
+        image = splits[split].add_image(_field(operation, place, row, "image"))
+        splits[split].add_caption(image, row["caption"], line)
+    if not splits:
+        raise LapsValueError(_check.message(operation, f"{file} has no rows", "at least one"))
+    found.update(splits)
+
+
+def _json_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, text in enumerate(_text(operation, file).split("\n"), 1):
+        if text.strip():
+            row = _json(operation, text, file, line)
+            if not isinstance(row, dict):
+                raise LapsValueError(
+                    _check.message(operation, f"{file}:{line} is no object", "{...}", _check.name_of(row))
+                )
+            yield line, row
+
+
+def _unquoted(cell: str) -> str:
+    """A cell without its quotation marks, if they enclose it and those within are doubled."""
+    return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
+
+
+def _csv_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    text, tabs = io.StringIO(_text(operation, file), newline=""), file.suffix == ".tsv"
+    if tabs:
+        # Few tab-separated files quote, and captions begin with quotation marks: only whole cells count.
+        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        reader = csv.reader(text, strict=True)
+    columns: list[str] = []
+    start = 1
+    try:
+        for row in reader:
+            cells = [_unquoted(cell) for cell in row] if tabs else row
+            if not columns:
+                columns = [cell.strip() for cell in cells]
+                if not {"image", "caption"} <= set(columns):
+                    raise LapsValueError(
+                        _check.message(
+                            operation,
+                            f"{file} has the wrong columns",
+                            "a first line with image, caption and perhaps split",
+                            ",".join(columns),
+                        )
+                    )
+            elif cells:
+                if len(cells) != len(columns):
+                    raise LapsValueError(
+                        _check.message(
+                            operation,
+                            f"{file}:{start} is malformed",
+                            f"{len(columns)} cells: {', '.join(columns)}",
+                            len(cells),
+                        )
+                    )
+                yield start, dict(zip(columns, cells, strict=True))
+            start = reader.line_num + 1
+    except csv.Error as error:
+        raise LapsValueError(
+            _check.message(operation, f"{file}:{start} is malformed", "a row of cells", error)
+        ) from error

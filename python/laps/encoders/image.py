@@ -1,0 +1,162 @@
+"""Pixels to image tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..errors import LapsTypeError, LapsValueError
+from .backbone import config_of, freeze_unused
+
+__all__ = ["ImageEncoder"]
+
+
+class ImageEncoder(nn.Module):
+    """A vision backbone and a linear projection: pixels (B, 3, S, S) to tokens (B, P + N, C), prefix first.
+
+    Args:
+        backbone: a vision model of transformers, or any module that maps pixels (B, 3, S, S) to tokens
+            (B, P + N, D), or to an object whose ``last_hidden_state`` they are. CLIP (its model with
+            projection) gives ``visual_projection(post_layernorm(tokens))``, for every token. The feature map
+            (B, D, H, W) of a convolutional network counts as N = H W patches, row by row.
+        embed_dim: C; None for no projection: C is the backbone's own size (CLIP).
+        num_prefix_tokens: P, the tokens before the patches ([CLS], registers). Known for ViT, DeiT, DINOv2,
+            Swin, CLIP, ResNet and ConvNeXt; to be stated for others.
+        image_size: S in pixels. Known for a model of transformers that is made for one size.
+
+    Attributes: ``backbone``, ``projection``, ``num_prefix_tokens``, ``num_patches`` (N), ``embed_dim`` (C),
+    ``image_size``.
+
+    Raises:
+        LapsValueError: `num_prefix_tokens` or `image_size` is not stated and not known, or the backbone
+            returns no tokens (B, T > P, D). LapsTypeError: an argument of the wrong type.
+
+    Example:
+        >>> import laps, torch
+        >>> from transformers import ViTConfig, ViTModel
+        >>> config = ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)
+        >>> encoder = laps.encoders.ImageEncoder(ViTModel(config, add_pooling_layer=False), embed_dim=64)
+        >>> encoder(torch.randn(2, 3, 32, 32)).shape, encoder.num_prefix_tokens
+        (torch.Size([2, 5, 64]), 1)
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        embed_dim: int | None = None,
+        num_prefix_tokens: int | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, nn.Module):
+            raise LapsTypeError(
+                _check.message("ImageEncoder", "backbone is no module", "nn.Module", _check.name_of(backbone))
+            )
+        self.backbone = backbone
+        freeze_unused(backbone)
+        config = config_of("ImageEncoder", backbone, "pixel_values")
+        if config is not None:
+            from . import transformers_backbone
+
+            known = transformers_backbone.num_prefix_tokens(config)
+            num_prefix_tokens = known if num_prefix_tokens is None else num_prefix_tokens
+            image_size = getattr(config, "image_size", None) if image_size is None else image_size
+        for name, value in (("num_prefix_tokens", num_prefix_tokens), ("image_size", image_size)):
+            if value is None:
+                raise LapsValueError(
+                    _check.message("ImageEncoder", f"{name} of this backbone is not known", "to be stated")
+                )
+        self.num_prefix_tokens = _check.count("ImageEncoder", "num_prefix_tokens", num_prefix_tokens, 0)
+        self.image_size = _check.count("ImageEncoder", "image_size", image_size)
+        self.clip = getattr(config, "model_type", None) == "clip_vision_model"
+        tokens, width = self._probe()
+        self.num_patches = tokens - self.num_prefix_tokens
+        self.embed_dim = width if embed_dim is None else _check.count("ImageEncoder", "embed_dim", embed_dim)
+        self.projection = nn.Identity() if embed_dim is None else nn.Linear(width, self.embed_dim)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        embed_dim: int | None = None,
+        num_prefix_tokens: int | None = None,
+        image_size: int | None = None,
+    ) -> ImageEncoder:
+        """An encoder around pretrained weights: a folder as transformers saves it, or the hub's id.
+
+        Raises:
+            LapsValueError: no checkpoint there, one of another kind of model, or one that lacks weights of
+                the encoder (they are named).
+        """
+        from . import transformers_backbone
+
+        return cls(
+            transformers_backbone.load(source, "vision"),
+            embed_dim=embed_dim,
+            num_prefix_tokens=num_prefix_tokens,
+            image_size=image_size,
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S), normalised as the backbone expects, to tokens (B, P + N, C)."""
+        if not isinstance(pixel_values, Tensor) or pixel_values.shape[1:] != (
+            3,
+            self.image_size,
+            self.image_size,
+        ):
+            got = (
+                tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
+            )
+            expected = f"a tensor (B, 3, {self.image_size}, {self.image_size})"
+            raise LapsValueError(
+                _check.message("ImageEncoder", "pixel_values does not fit the model", expected, got)
+            )
+        tokens: Tensor = self.projection(self._tokens_of(self.backbone, pixel_values))
+        return tokens
+
+    def _tokens_of(self, backbone: Any, pixel_values: Tensor) -> Tensor:
+        output = backbone(pixel_values)
+        tokens = output if isinstance(output, Tensor) else getattr(output, "last_hidden_state", None)
+        if isinstance(tokens, Tensor) and tokens.dim() == 4:
+            tokens = tokens.flatten(2).transpose(1, 2)
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3:
+            got = tuple(tokens.shape) if isinstance(tokens, Tensor) else _check.name_of(output)
+            raise LapsValueError(
+                _check.message("ImageEncoder", "backbone returns no tokens", "a tensor (B, P + N, D)", got)
+            )
+        if self.clip:
+            tokens = backbone.visual_projection(backbone.vision_model.post_layernorm(tokens))
+        return tokens
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[int, int]:
+        """The number and size of the backbone's tokens, seen on one black image."""
+        parameter = next(self.backbone.parameters(), torch.empty(0))
+        pixels = torch.zeros(
+            1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype
+        )
+        training = self.backbone.training
+        tokens = self._tokens_of(self.backbone.eval(), pixels)
+        self.backbone.train(training)
+        if tokens.shape[1] <= self.num_prefix_tokens:
+            raise LapsValueError(
+                _check.message(
+                    "ImageEncoder",
+                    "backbone returns too few tokens",
+                    f"more than the {self.num_prefix_tokens} prefix tokens",
+                    tokens.shape[1],
+                )
+            )
+        return tokens.shape[1], tokens.shape[2]
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_prefix_tokens={self.num_prefix_tokens}, num_patches={self.num_patches}, "
+            f"embed_dim={self.embed_dim}, image_size={self.image_size}"
+        )

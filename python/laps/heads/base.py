@@ -1,0 +1,118 @@
+"""What every similarity head offers, and how one is found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..errors import LapsTypeError, LapsValueError
+from ..features import ImageFeatures, Span, TextFeatures
+
+__all__ = ["SimilarityHead", "build_head", "head_names", "register_head"]
+
+_HEADS: dict[str, type[SimilarityHead]] = {}
+HeadT = TypeVar("HeadT", bound="type[SimilarityHead]")
+
+
+class SimilarityHead(nn.Module):
+    """Scores of images against captions, in two steps: what is known of each side alone, then the pairs.
+
+    A subclass takes ``(embed_dim, num_patches, *, num_prefix_tokens, ...)``, tells its other options by
+    `options`, and implements `encode_image`, `encode_text`, `similarity` and `similarity_pairwise`.
+    """
+
+    name: ClassVar[str] = ""
+    embed_dim: int
+    num_patches: int
+    num_prefix_tokens: int
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments, beside the sizes, that would build this head again; JSON can hold them."""
+        raise NotImplementedError
+
+    def encode_image(self, image_tokens: Tensor) -> ImageFeatures:
+        """Everything about images that no caption changes, from tokens (B_v, P + N, C), prefix first."""
+        raise NotImplementedError
+
+    def encode_text(
+        self, word_tokens: Tensor, word_lengths: Tensor, spans: list[list[Span]] | None = None
+    ) -> TextFeatures:
+        """Everything about captions that no image changes, from tokens (B_t, L, C) and lengths (B_t,)."""
+        raise NotImplementedError
+
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Scores (B_v, B_t) of every image with every caption."""
+        raise NotImplementedError
+
+    def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Scores (B,) of image i with caption i."""
+        raise NotImplementedError
+
+    def training_scores(
+        self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Scores (B_v, B_t), differentiable, and what else the loss needs or a log should show."""
+        images = self.encode_image(image_tokens)
+        return self.similarity(images, self.encode_text(word_tokens, word_lengths)), {}
+
+
+def mean_of_words(word_tokens: Tensor, word_lengths: Tensor) -> Tensor:
+    """The mean of the real words of each caption: (B_t, L, C), (B_t,) to (B_t, C)."""
+    lengths = word_lengths.to(word_tokens.device)
+    real = torch.arange(word_tokens.shape[1], device=word_tokens.device) < lengths[:, None]
+    total = word_tokens.masked_fill(~real[..., None], 0).sum(1)
+    return total / lengths[:, None].to(total.dtype)
+
+
+def register_head(name: str) -> Callable[[HeadT], HeadT]:
+    """A class decorator: makes a :class:`SimilarityHead` known under `name` to models, configs and commands.
+
+    Raises:
+        LapsValueError: the name is taken. LapsTypeError: the class is no SimilarityHead.
+    """
+
+    def register(head: HeadT) -> HeadT:
+        if not (isinstance(head, type) and issubclass(head, SimilarityHead)):
+            raise LapsTypeError(
+                _check.message("register_head", "head is no SimilarityHead", "a subclass", head)
+            )
+        if name in _HEADS:
+            raise LapsValueError(_check.message("register_head", f'name "{name}" is taken', "another name"))
+        head.name = name
+        _HEADS[name] = head
+        return head
+
+    return register
+
+
+def head_names() -> list[str]:
+    """The names of all heads that are known now, sorted."""
+    return sorted(_HEADS)
+
+
+def build_head(
+    name: str, *, embed_dim: int, num_patches: int, num_prefix_tokens: int = 1, **options: Any
+) -> SimilarityHead:
+    """The head of this name with these sizes and options.
+
+    Raises:
+        LapsValueError: an unknown name, or options that the head refuses. LapsTypeError: an unknown option.
+
+    Example:
+        >>> import laps
+        >>> laps.heads.build_head("laps", embed_dim=64, num_patches=49, selection_ratio=0.8).num_kept
+        40
+    """
+    head = _HEADS[_check.choice("build_head", "name", name, head_names())]
+    try:
+        return head(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens, **options)
+    except TypeError as error:
+        if isinstance(error, LapsTypeError):
+            raise
+        raise LapsTypeError(
+            _check.message("build_head", f'"{name}" refuses an option', "its keyword arguments", error)
+        ) from None

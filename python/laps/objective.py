@@ -1,0 +1,117 @@
+"""What a model is trained for: one of the losses, chosen by name, with the published warm-up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _check, losses
+
+__all__ = ["Objective"]
+
+NAMES = ("hinge", "triplet", "info_nce")
+
+
+class Objective(nn.Module):
+    """Loss of a batch's scores, plus the ratio loss where the head samples its patches.
+
+    Args:
+        name: ``"hinge"`` (hardest negatives; all of them in a warm-up), ``"triplet"`` (distance-weighted
+            sampling) or ``"info_nce"`` (learnable temperature).
+        margin: of hinge and triplet, >= 0.
+        temperature: the initial one of InfoNCE, > 0.
+        ratio_weight: weight of the ratio loss (paper variant), >= 0.
+        max_score: the bound of the scores, which "triplet" turns into distances: 2 for LAPS (the sum of two
+            directions), 1 for cosines.
+
+    Raises:
+        LapsValueError, LapsTypeError: an argument out of its range.
+
+    Source: section "Loss and recipe"; paper: the ratio loss with weight 1.
+
+    Example:
+        >>> import laps, torch
+        >>> objective = laps.objective.Objective("hinge", margin=0.2)
+        >>> loss, values = objective(torch.zeros(4, 4), torch.arange(4))
+        >>> round(float(loss), 3)
+        1.6
+    """
+
+    def __init__(
+        self,
+        name: str = "hinge",
+        *,
+        margin: float = 0.2,
+        temperature: float = 0.07,
+        ratio_weight: float = 1.0,
+        max_score: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.name = _check.choice("Objective", "name", name, NAMES)
+        self.margin = _check.number("Objective", "margin", margin, 0.0)
+        self.initial_temperature = _check.number("Objective", "temperature", temperature, 0.0, open_low=True)
+        self.ratio_weight = _check.number("Objective", "ratio_weight", ratio_weight, 0.0)
+        self.max_score = _check.number("Objective", "max_score", max_score, 0.0, open_low=True)
+        self.info_nce = losses.InfoNCELoss(self.initial_temperature) if name == "info_nce" else None
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments that would build this objective again."""
+        return {
+            "name": self.name,
+            "margin": self.margin,
+            "temperature": self.initial_temperature,
+            "ratio_weight": self.ratio_weight,
+            "max_score": self.max_score,
+        }
+
+    def forward(
+        self,
+        scores: Tensor,
+        image_ids: Tensor,
+        *,
+        warmup: float | None = None,
+        kept_fraction: Tensor | None = None,
+        selection_ratio: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, a 0-d tensor, and what a log should show, detached.
+
+        Args:
+            scores: (B, B), the pairs of the batch on the diagonal.
+            image_ids: (B,) integers; pairs of the same image are never negatives.
+            warmup: in the first epoch the share of its steps that are done, in [0, 1]: the hinge then sums
+                over all negatives and is scaled by this. None afterwards.
+            kept_fraction: (B, B), share of kept patches, for the ratio loss; None for none.
+            selection_ratio: rho, what the kept fraction is held to.
+        """
+        if self.name == "hinge":
+            loss = losses.hinge_loss(scores, image_ids, image_ids, self.margin, hardest=warmup is None)
+        elif self.name == "triplet":
+            loss = losses.distance_weighted_triplet_loss(
+                scores, image_ids, image_ids, self.margin, max_score=self.max_score
+            )
+        else:
+            assert self.info_nce is not None
+            loss = self.info_nce(scores, image_ids, image_ids)
+        if warmup is not None:
+            loss = loss * warmup
+        values = self._values(scores.detach(), image_ids)
+        if kept_fraction is not None:
+            ratio = losses.ratio_loss(kept_fraction, selection_ratio)
+            loss = loss + self.ratio_weight * ratio
+            values |= {"ratio_loss": ratio.detach(), "kept_fraction": kept_fraction.detach().mean()}
+        if self.info_nce is not None:
+            values["temperature"] = (-self.info_nce.log_scale.detach()).exp()
+        return loss, {"loss": loss.detach()} | values
+
+    def _values(self, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
+        ids = image_ids.to(scores.device)
+        same = ids[:, None] == ids[None, :]
+        positive = scores.diagonal()
+        hardest = scores.masked_fill(same, -torch.inf).amax(1)
+        return {
+            "positive": positive.mean(),
+            "negative": hardest.masked_fill(hardest.isinf(), 0).mean(),
+            "accuracy": (positive > hardest).float().mean(),
+        }

@@ -1,0 +1,498 @@
+"""Training: the published recipe as defaults, a loop that fits a page, and runs that survive being killed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from . import _check
+from ._device import choose_device
+from ._files import atomic_folder, recover_folder, write_atomically
+from .checkpoint import load_checkpoint, save_checkpoint
+from .data import Batch, CaptionDataset, CaptionTokenizer, RetrievalData
+from .data.loading import batches_of
+from .data.sampler import EpochSampler
+from .errors import LapsError, LapsValueError
+from .evaluation import evaluate
+from .loggers import Logger, open_loggers
+from .model import LAPS
+from .train_config import TrainConfig
+
+__all__ = ["TrainConfig", "Trainer", "TrainingStoppedError"]
+
+# What may differ between a run and its continuation without changing what is learned.
+FREE_ON_RESUME = {
+    "num_workers",
+    "save_every",
+    "log_every",
+    "loggers",
+    "progress",
+    "eval_batch_size",
+    "device",
+}
+
+# The share of a caption's words that augmentation changes.
+PUBLISHED_AUGMENT = 0.2
+
+
+class TrainingStoppedError(LapsError):
+    """Training ended early: on a signal (a checkpoint was written), or because the loss is not finite.
+
+    Attributes:
+        signal_number: the signal; None where the loss or its gradient was not finite.
+    """
+
+    def __init__(self, message: str, signal_number: int | None = None) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+@dataclass
+class Progress:
+    """How far a run is; what a checkpoint keeps beside tensors."""
+
+    epoch: int = 0
+    batch: int = 0  # of this epoch, the next to be done
+    step: int = 0  # optimizer steps of the whole run
+    loss_sum: float = 0.0  # over the batches of this epoch
+    best_rsum: float = -math.inf
+    best_epoch: int = -1
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry for each epoch that is done
+
+
+class Trainer:
+    """Trains a model on captions and images, keeps the best by the **dev** split's rSum.
+
+    The folder of a run holds ``config.json`` (the options), ``last/`` (a checkpoint to resume from),
+    ``best/`` (``LAPS.from_pretrained`` reads it) and ``log.jsonl``. On the CPU a run that was killed and
+    resumed ends with the same weights, bit for bit, as one that was not.
+
+    Args:
+        model: with a tokenizer. It is trained in place.
+        train_data: what to learn from.
+        dev_data: what to choose the best epoch by; None: the last epoch counts as the best.
+        folder: of the run.
+        config: options; None for the published recipe.
+
+    Raises:
+        LapsValueError: the model has no tokenizer, fewer captions than one batch, or the folder holds another
+            run.
+
+    Source: section "Loss and recipe".
+    """
+
+    def __init__(
+        self,
+        model: LAPS,
+        train_data: RetrievalData,
+        dev_data: RetrievalData | None,
+        folder: str | Path,
+        config: TrainConfig | None = None,
+    ) -> None:
+        self.config = config or TrainConfig()
+        if model.tokenizer is None:
+            raise LapsValueError(
+                _check.message("Trainer", "model has no tokenizer", "LAPS(..., tokenizer=...)")
+            )
+        if train_data.num_captions < self.config.batch_size:
+            raise LapsValueError(
+                _check.message(
+                    "Trainer",
+                    f"train_data has {train_data.num_captions} captions",
+                    f"at least batch_size={self.config.batch_size}",
+                )
+            )
+        self.model, self.train_data, self.dev_data = model, train_data, dev_data
+        self.folder = Path(folder)
+        self.device = choose_device("Trainer", self.config.device)
+        self.dataset = CaptionDataset(
+            train_data,
+            model.tokenizer,
+            model.transform,
+            seed=self.config.seed,
+            augment=_augment(self.config.augment, model.tokenizer),
+            on_error=self.config.on_error,
+        )
+        self.sampler = EpochSampler(len(self.dataset), self.config.seed)
+        self.steps_per_epoch = len(self.dataset) // self.config.batch_size
+        self.progress = Progress()
+        self._stop_signal: int | None = None
+
+    # ---- the run
+
+    def fit(self, *, resume: bool = False) -> list[dict[str, Any]]:
+        """Train to the last epoch.
+
+        Args:
+            resume: go on from ``folder/last`` if it is there, else start.
+
+        Returns:
+            One dictionary per epoch: epoch, loss, seconds, and the dev metrics.
+
+        Raises:
+            LapsValueError: the folder holds a run and `resume` is False, or a run with other options (named).
+            TrainingStoppedError: SIGTERM or Ctrl-C (a checkpoint was written), or a loss that is not finite.
+            OSError: a checkpoint could not be written; the one before it is still there.
+        """
+        config = self.config
+        self.model.to(self.device)
+        if config.freeze_backbones:
+            self.model.freeze_backbones()
+        if config.gradient_checkpointing:
+            self.model.gradient_checkpointing()
+        if config.compile:
+            self.model.image_encoder.compile()
+            self.model.text_encoder.compile()
+        optimizer = torch.optim.AdamW(
+            self.model.parameter_groups(config.learning_rate, config.backbone_lr_ratio),
+            weight_decay=config.weight_decay,
+        )
+        self._open_folder(optimizer, resume)
+        loader = self._loader()
+        loggers = open_loggers(config.loggers, self.folder, asdict(config), self.progress.step)
+        try:
+            with self._signals():
+                while self.progress.epoch < config.epochs:
+                    self._run_epoch(loader, optimizer, loggers)
+        finally:
+            for logger in loggers:
+                logger.close()
+            _end_workers(loader)
+        return self.progress.history
+
+    def _run_epoch(
+        self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, loggers: list[Logger]
+    ) -> None:
+        config, progress = self.config, self.progress
+        started = time.perf_counter()
+        self.dataset.set_epoch(progress.epoch)
+        self.sampler.start(progress.epoch, progress.batch * config.batch_size)
+        self.model.train()
+        optimizer.zero_grad(set_to_none=True)
+
+        with self._bar() as bar:
+            for batch in batches_of(loader):
+                loss, values = self._forward(batch)
+                # The last group of an epoch may be a smaller one.
+                first = progress.batch - progress.batch % config.accumulation
+                torch.autograd.backward(loss / min(config.accumulation, self.steps_per_epoch - first))
+                ends_group = (progress.batch + 1) % config.accumulation == 0
+                if ends_group or progress.batch + 1 == self.steps_per_epoch:
+                    values["gradient_norm"] = self._clip_gradient(batch)
+                progress.batch += 1
+                progress.loss_sum += float(loss.detach())
+                if "gradient_norm" not in values:
+                    continue
+                self._set_learning_rates(optimizer)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                progress.step += 1
+                bar.update(progress.batch - bar.n)
+                bar.set_postfix(loss=f"{progress.loss_sum / progress.batch:.3f}", refresh=False)
+                if progress.step % config.log_every == 0:
+                    self._log(loggers, values, lr=optimizer.param_groups[0]["lr"])
+                # At the end of an epoch too: a run may be killed in its evaluation, which can be long.
+                last = progress.batch == self.steps_per_epoch
+                if last or self._stop_signal is not None or progress.step % config.save_every == 0:
+                    started = self._save(optimizer, started)
+                    self._stop_if_asked()
+
+        entry: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
+        entry["loss"] = progress.loss_sum / self.steps_per_epoch
+        metrics = self._evaluate()
+        entry |= metrics
+        self._log(loggers, {"epoch/loss": entry["loss"]} | {f"dev/{name}": metrics[name] for name in metrics})
+        progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
+        progress.history.append(entry | {"seconds": round(progress.seconds, 3)})
+        progress.epoch, progress.batch, progress.loss_sum = progress.epoch + 1, 0, 0.0
+        self._save(optimizer, started)
+        self._write_log()
+        if progress.epoch < config.epochs:
+            self._stop_if_asked()
+
+    def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
+        """For the step that follows; computed and not counted, so that a resumed run has the same."""
+        config, progress = self.config, self.progress
+        # The batches of this step are done, so the very first step learns already.
+        batches = progress.epoch * self.steps_per_epoch + progress.batch
+        scale = config.lr_scale(progress.epoch, batches / (config.epochs * self.steps_per_epoch))
+        for group, ratio in zip(optimizer.param_groups, (1.0, config.backbone_lr_ratio), strict=False):
+            group["lr"] = config.learning_rate * ratio * scale
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch; stops the run, before any weight is touched, where it is not finite."""
+        progress, config = self.progress, self.config
+        warmup = None
+        if progress.epoch < config.warmup_epochs:
+            warmup = (progress.batch + 1) / self.steps_per_epoch
+        moved = batch.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.amp):
+            loss, values = self.model(moved, warmup=warmup)
+        self._require_finite("loss", loss.detach(), batch)
+        return loss, values
+
+    def _clip_gradient(self, batch: Batch) -> Tensor:
+        """Bring the gradient down to the largest allowed norm; returns the norm that it had."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # A finite loss can have an infinite gradient, which would ruin all weights at once.
+        self._require_finite("gradient's norm", norm, batch)
+        if self.config.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+        return norm
+
+    def _require_finite(self, what: str, value: Tensor, batch: Batch) -> None:
+        """Stop the run, and say where, if `value` is not finite."""
+        progress = self.progress
+        if not math.isfinite(float(value)):
+            images = [str(self.train_data.image_paths[i]) for i in batch.image_ids.tolist()]
+            captions = batch.caption_ids.tolist()
+            report = {
+                "epoch": progress.epoch,
+                "batch": progress.batch,
+                "images": images,
+                "captions": captions,
+            }
+            write_atomically(self.folder / "bad_batch.json", json.dumps(report, indent=1))
+            where = f"epoch {progress.epoch}, batch {progress.batch}"
+            raise TrainingStoppedError(
+                f"Trainer: the {what} is {float(value)} in {where} (expected a finite number); "
+                f"its images and captions, {images[0]} first, are listed in "
+                f"{self.folder / 'bad_batch.json'}; no weight was changed by it"
+            )
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Dev metrics; the model is kept if it is the best so far."""
+        progress = self.progress
+        metrics: dict[str, Any] = {}
+        if self.dev_data is not None:
+            # Evaluation must not shift the random numbers of training: a resumed run would differ.
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                metrics = evaluate(
+                    self.model,
+                    self.dev_data,
+                    batch_size=self.config.eval_batch_size,
+                    num_workers=self.config.num_workers,
+                    device=self.device,
+                    amp=self.config.amp,
+                    progress=self.config.progress,
+                ).metrics
+        rsum = metrics.get("rsum", math.inf)
+        if rsum > progress.best_rsum or self.dev_data is None:
+            progress.best_rsum, progress.best_epoch = rsum, progress.epoch
+            with atomic_folder(self.folder / "best") as folder:
+                self.model.save_pretrained(folder)
+        return metrics
+
+    # ---- files
+
+    def _open_folder(self, optimizer: torch.optim.Optimizer, resume: bool) -> None:
+        """Start a run in an empty folder, or restore the one that is there."""
+        recover_folder(self.folder / "last")
+        exists = (self.folder / "last").exists()
+        if exists and not resume:
+            raise LapsValueError(
+                _check.message(
+                    "Trainer", f"{self.folder} holds a run already", "another folder, or resume=True"
+                )
+            )
+        self.progress = Progress()
+        if exists:
+            self._check_same_run()
+            self.progress = Progress(**load_checkpoint(self.folder / "last", self.model, optimizer))
+            # A run may be killed between its checkpoint and its log.
+            self._write_log()
+        else:
+            self._refuse_foreign_folder()
+            torch.manual_seed(self.config.seed)
+            write_atomically(self.folder / "config.json", json.dumps(self._description(), indent=1))
+
+    def _refuse_foreign_folder(self) -> None:
+        """A run that was killed before its first checkpoint may start again; nothing else is overwritten."""
+        path = self.folder / "config.json"
+        try:
+            ours = not path.exists() or {"train", "model"} <= json.loads(path.read_text()).keys()
+        except (ValueError, AttributeError):
+            ours = False
+        if not ours or (self.folder / "model.safetensors").exists():
+            raise LapsValueError(
+                _check.message(
+                    "Trainer", f"{self.folder} holds something else, a model perhaps", "a new folder"
+                )
+            )
+
+    def _description(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        options = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
+        described = {
+            "train": {name: value for name, value in options.items() if name not in FREE_ON_RESUME},
+            "model": self.model.config.to_dict(),
+            "tokenizer": _describe_tokenizer(self.dataset.tokenizer),
+            "transform": self.model.transform.to_dict(),
+            "train_data": _describe(self.train_data),
+            "dev_data": None if self.dev_data is None else _describe(self.dev_data),
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(described))
+        return plain
+
+    def _check_same_run(self) -> None:
+        path = self.folder / "config.json"
+        try:
+            before = dict(_leaves(json.loads(path.read_text())))
+        except (OSError, ValueError) as error:
+            raise LapsValueError(
+                _check.message("Trainer", f"{path} cannot be read", "the options of the run", error)
+            ) from None
+        now = dict(_leaves(self._description()))
+        changed = [
+            f"{name}: {before.get(name)} before, {now.get(name)} now"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and not name.endswith(".transformers_version")
+        ]
+        if changed:
+            raise LapsValueError(
+                _check.message(
+                    "Trainer", f"{self.folder} was trained with other options", "the same", "; ".join(changed)
+                )
+            )
+
+    def _save(self, optimizer: torch.optim.Optimizer, started: float) -> float:
+        """Write the checkpoint; returns the time from which the next one counts."""
+        now = time.perf_counter()
+        self.progress.seconds += now - started
+        save_checkpoint(self.folder / "last", self.model, optimizer, asdict(self.progress))
+        return now
+
+    def _write_log(self) -> None:
+        lines = "".join(json.dumps(entry) + "\n" for entry in self.progress.history)
+        write_atomically(self.folder / "log.jsonl", lines)
+
+    # ---- around the loop
+
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            self.dataset,
+            batch_size=self.config.batch_size,
+            sampler=self.sampler,
+            drop_last=True,
+            collate_fn=self.dataset.collate,
+            num_workers=self.config.num_workers,
+            persistent_workers=self.config.num_workers > 0,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_first_sigterm,
+            # Without its own, the loader would draw its workers' seeds from the generator of the dropout.
+            generator=torch.Generator().manual_seed(self.config.seed),
+        )
+
+    def _bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.steps_per_epoch,
+            initial=self.progress.batch,
+            desc=f"epoch {self.progress.epoch + 1}/{self.config.epochs}",
+            unit="batch",
+            disable=None if self.config.progress else True,
+        )
+
+    def _log(self, loggers: list[Logger], values: dict[str, Any], **more: float) -> None:
+        numbers = {name: float(value) for name, value in (values | more).items()}
+        for logger in loggers:
+            logger.log(numbers, self.progress.step)
+
+    def _stop_if_asked(self) -> None:
+        if self._stop_signal is not None:
+            raise TrainingStoppedError(
+                f"Trainer: {signal.Signals(self._stop_signal).name} after step {self.progress.step}; "
+                f"the checkpoint is {self.folder / 'last'}; resume=True goes on from there",
+                self._stop_signal,
+            )
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Let SIGTERM and Ctrl-C end the run after the current step, with a checkpoint."""
+        self._stop_signal = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(number: int, frame: object) -> None:
+            if self._stop_signal is not None:
+                # The second one: the user does not want to wait.
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _augment(chosen: float | None, tokenizer: CaptionTokenizer) -> float:
+    """The probability of caption augmentation: the published one, where there is a mask token for it."""
+    if chosen is not None:
+        return chosen
+    return 0.0 if tokenizer.mask_id is None else PUBLISHED_AUGMENT
+
+
+def _describe(data: RetrievalData) -> dict[str, Any]:
+    """What tells data sets apart: names and captions, not the folder, which may have moved."""
+    content = hashlib.sha256()
+    for path in data.image_paths:
+        content.update(path.name.encode() + b"\n")
+    for caption, image in zip(data.captions, data.caption_to_image.tolist(), strict=True):
+        content.update(f"{image} {caption}\n".encode())
+    counts = {"images": data.num_images, "captions": data.num_captions}
+    return {"name": data.name, **counts, "content": content.hexdigest()[:16]}
+
+
+def _describe_tokenizer(tokenizer: CaptionTokenizer) -> dict[str, Any]:
+    content = hashlib.sha256(tokenizer.backend.to_str().encode())
+    return {"content": content.hexdigest()[:16], "max_length": tokenizer.max_length}
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The entries of nested dictionaries, under dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _end_workers(loader: DataLoader[Any]) -> None:
+    """End the loader's processes now.
+
+    Else the traceback of what stopped the run keeps them, and they keep the main process: it sends them one
+    SIGTERM as it exits, the one that they ignore, and waits.
+    """
+    iterator: Any = loader._iterator
+    if iterator is not None:
+        iterator._shutdown_workers()
+
+
+def _ignore_first_sigterm(worker: int) -> None:
+    """For loader workers: a scheduler ends all processes at once, but the run still needs a batch to stop at.
+
+    `_end_workers` ends them; a second signal does so too.
+    """
+
+    def ignore(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, ignore)

@@ -1,0 +1,153 @@
+"""Heads are found by name, are built again from their options, and the global one is a cosine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import laps
+import pytest
+import torch
+from laps import LapsTypeError, LapsValueError
+from laps.features import ImageFeatures, TextFeatures
+from laps.heads import GlobalHead, SimilarityHead, build_head, head_names, register_head
+from torch import Tensor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+C, N, P = 16, 9, 1
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("laps", {}),
+    ("laps", {"variant": "paper", "attention_weight": 0.5, "sampling": "topk", "score": "dot"}),
+    ("laps", {"selection": "none", "directions": "patch_to_word", "negative_slope": 0.3}),
+    ("laps", {"fusion": False, "direction_reduction": "mean", "selection_ratio": 0.8}),
+    ("vse", {}),
+    ("vse", {"pooling": "first"}),
+]
+
+
+def tokens(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(3, P + N, C, generator=generator)
+    words = torch.randn(4, 7, C, generator=generator)
+    return images, words, torch.tensor([7, 3, 1, 5])
+
+
+def scores(head: SimilarityHead, longest: int = 7) -> Tensor:
+    images, words, lengths = tokens()
+    more = torch.full((4, longest - 7, C), 9.0)
+    texts = head.encode_text(torch.cat([words, more], 1), lengths)
+    return head.similarity(head.encode_image(images), texts)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_a_head_built_from_its_own_options_is_the_same_head(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    again = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **head.options()).eval()
+    again.load_state_dict(head.state_dict())
+
+    assert again.options() == head.options()
+    assert options.items() <= head.options().items()
+    assert head.name == name
+    assert torch.equal(scores(again), scores(head))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_pairs_are_the_diagonal_and_padding_changes_nothing(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    images, words, lengths = tokens()
+    pairwise = head.similarity_pairwise(head.encode_image(images), head.encode_text(words[:3], lengths[:3]))
+
+    torch.testing.assert_close(pairwise, scores(head)[:, :3].diagonal(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(scores(head, longest=12), scores(head), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_training_scores_are_those_of_the_features_and_reach_both_sides(
+    name: str, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    images, words, lengths = tokens()
+    images.requires_grad_()
+    words.requires_grad_()
+    result, extra = head.training_scores(images, words, lengths)
+    result.sum().backward()
+
+    torch.testing.assert_close(result.detach(), scores(head), rtol=0, atol=1e-6)
+    assert images.grad is not None
+    assert images.grad.any()
+    assert words.grad is not None
+    assert words.grad.any()
+    assert ("kept_fraction" in extra) is (options.get("variant") == "paper")
+
+
+def test_the_global_head_is_the_cosine_of_mean_patches_and_mean_words() -> None:
+    images, words, lengths = tokens()
+    expected = torch.empty(3, 4)
+    for i in range(3):
+        for t in range(4):
+            expected[i, t] = torch.cosine_similarity(
+                images[i, P:].mean(0), words[t, : lengths[t]].mean(0), dim=0
+            )
+    torch.testing.assert_close(scores(GlobalHead(C, N, num_prefix_tokens=P)), expected, rtol=0, atol=1e-6)
+
+
+def test_the_global_head_pools_the_first_tokens_if_asked() -> None:
+    images, words, _ = tokens()
+    expected = torch.cosine_similarity(images[:, None, 0], words[None, :, 0], dim=-1)
+    torch.testing.assert_close(scores(GlobalHead(C, N, pooling="first")), expected, rtol=0, atol=1e-6)
+
+
+def test_a_head_of_ones_own_is_known_by_its_name_once_and_for_all() -> None:
+    class Ones(GlobalHead):
+        def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+            return torch.ones(len(images), len(texts))
+
+    register_head("test-ones")(Ones)
+
+    assert "test-ones" in head_names()
+    assert {"laps", "vse"} <= set(head_names())
+    head = build_head("test-ones", embed_dim=C, num_patches=N)
+    assert isinstance(head, Ones)
+    assert head.name == "test-ones"
+    with pytest.raises(LapsValueError, match='"test-ones" is taken'):
+        register_head("test-ones")(Ones)
+    with pytest.raises(LapsTypeError, match="head is no SimilarityHead"):
+        register_head("test-module")(torch.nn.Linear)  # type: ignore[type-var]
+
+
+def test_unknown_names_and_options_are_named() -> None:
+    with pytest.raises(LapsValueError, match=r"laps.*vse.*got.*scam"):
+        build_head("scam", embed_dim=C, num_patches=N)
+    with pytest.raises(LapsTypeError, match=r'"vse" refuses an option.*selection_ratio'):
+        build_head("vse", embed_dim=C, num_patches=N, selection_ratio=0.5)
+    with pytest.raises(LapsValueError, match="pooling"):
+        build_head("vse", embed_dim=C, num_patches=N, pooling="max")
+    with pytest.raises(LapsValueError, match="selection_ratio"):
+        build_head("laps", embed_dim=C, num_patches=N, selection_ratio=1.5)
+
+
+def test_the_laps_head_keeps_what_does_not_depend_on_the_caption() -> None:
+    torch.manual_seed(0)
+    head = laps.nn.LAPSHead(C, N, variant="paper", num_prefix_tokens=P)
+    images, words, lengths = tokens()
+    features = head.encode_image(images)
+    patches = images[:, P:]
+    normal = torch.nn.functional.normalize
+
+    assert features.patches is not None
+    assert features.prefix is not None
+    assert features.logits is not None
+    assert features.keep_prob is not None
+    assert features.self_scores is not None
+    assert torch.equal(features.patches, patches)
+    assert torch.equal(features.prefix, images[:, :P])
+    assert features.logits.shape == (3, N, head.num_tokens)
+    assert torch.equal(features.keep_prob, head.keep_probability(images))
+    mean = normal(patches.mean(1, keepdim=True), dim=-1)
+    torch.testing.assert_close(features.self_scores, (normal(patches, dim=-1) * mean).sum(-1))
+    torch.testing.assert_close(features.embedding, mean[:, 0])
+    texts = head.encode_text(words, lengths)
+    torch.testing.assert_close(texts.embedding[1], normal(words[1, :3].mean(0), dim=0))

@@ -1,0 +1,114 @@
+"""The objective is the named loss, scaled in the warm-up, plus the ratio loss where patches are sampled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from laps import LapsValueError, losses
+from laps.objective import Objective
+from torch import Tensor
+
+IDS = torch.tensor([0, 1, 2, 1, 4])
+
+
+def matrix(seed: int = 0) -> Tensor:
+    return torch.randn(5, 5, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def test_hinge_takes_the_hardest_negatives_after_the_warm_up_and_all_of_them_within() -> None:
+    objective, scores = Objective("hinge", margin=0.1), matrix()
+
+    assert torch.equal(objective(scores, IDS)[0], losses.hinge_loss(scores, IDS, IDS, 0.1, hardest=True))
+    every = losses.hinge_loss(scores, IDS, IDS, 0.1, hardest=False)
+    torch.testing.assert_close(objective(scores, IDS, warmup=0.25)[0], every * 0.25)
+    assert not torch.equal(every, objective(scores, IDS)[0])
+
+
+def test_info_nce_learns_its_temperature() -> None:
+    objective = Objective("info_nce", temperature=0.05)
+    loss, values = objective(matrix(), IDS)
+    loss.backward()
+    (scale,) = objective.parameters()
+
+    assert values["temperature"].item() == pytest.approx(0.05)
+    assert scale.grad is not None
+    assert scale.grad.item() != 0
+
+
+def test_triplet_turns_scores_into_distances_by_their_bound() -> None:
+    torch.manual_seed(0)
+    ours = Objective("triplet", margin=0.3, max_score=1.0)(matrix(), IDS)[0]
+    torch.manual_seed(0)
+    expected = losses.distance_weighted_triplet_loss(matrix(), IDS, IDS, 0.3, max_score=1.0)
+    torch.manual_seed(0)
+    other = Objective("triplet", margin=0.3, max_score=2.0)(matrix(), IDS)[0]
+
+    assert torch.equal(ours, expected)
+    assert not torch.equal(ours, other)
+
+
+def test_the_ratio_loss_is_added_with_its_weight_and_not_scaled_by_the_warm_up() -> None:
+    kept = torch.full((5, 5), 0.7)
+    objective = Objective(ratio_weight=3.0)
+    plain = objective(matrix(), IDS, warmup=0.5)[0]
+    loss, values = objective(matrix(), IDS, warmup=0.5, kept_fraction=kept, selection_ratio=0.5)
+
+    torch.testing.assert_close(loss - plain, torch.tensor(3.0 * 0.04))
+    assert values["ratio_loss"].item() == pytest.approx(0.04)
+    assert values["kept_fraction"].item() == pytest.approx(0.7)
+
+
+def test_the_log_tells_positives_hardest_negatives_and_the_share_of_rows_in_order() -> None:
+    scores = torch.tensor([[0.9, 0.1, 0.2], [0.3, 0.2, 0.8], [0.0, 0.5, 0.6]], requires_grad=True)
+    _, values = Objective()(scores, torch.tensor([5, 6, 6]))
+
+    # Rows 1 and 2 show the same image, so each has only caption 0 as a negative.
+    assert values["positive"].item() == pytest.approx((0.9 + 0.2 + 0.6) / 3)
+    assert values["negative"].item() == pytest.approx((0.2 + 0.3 + 0.0) / 3)
+    assert values["accuracy"].item() == pytest.approx(2 / 3)
+    assert all(value.dim() == 0 and not value.requires_grad for value in values.values())
+
+
+@pytest.mark.parametrize("name", ["hinge", "triplet", "info_nce"])
+def test_a_batch_of_one_image_or_one_pair_has_a_finite_loss(name: str) -> None:
+    objective = Objective(name)
+    for size in (1, 3):
+        scores = torch.full((size, size), 0.2, requires_grad=True)
+        loss, values = objective(scores, torch.zeros(size, dtype=torch.int64))
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert all(torch.isfinite(value) for value in values.values())
+        assert scores.grad is not None
+        assert torch.isfinite(scores.grad).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"name": "triplet", "margin": 0.3}, {"name": "info_nce", "temperature": 0.2, "ratio_weight": 0.0}],
+)
+def test_an_objective_built_from_its_own_options_is_the_same(options: dict[str, Any]) -> None:
+    objective = Objective(**options)
+    again = Objective(**objective.options())
+
+    assert again.options() == objective.options()
+    assert options.items() <= objective.options().items()
+    torch.manual_seed(1)
+    first = objective(matrix(), IDS)[0]
+    torch.manual_seed(1)
+    assert torch.equal(again(matrix(), IDS)[0], first)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"name": "contrastive"}, "hinge.*triplet.*info_nce.*contrastive"),
+        ({"margin": -0.1}, "margin"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"ratio_weight": -1.0}, "ratio_weight"),
+    ],
+)
+def test_an_option_out_of_its_range_is_named(options: dict[str, Any], match: str) -> None:
+    with pytest.raises(LapsValueError, match=match):
+        Objective(**options)
