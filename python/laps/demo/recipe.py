@@ -63,7 +63,7 @@ class Sizes:
     train: int = 2800
     dev: int = 200
     test: int = 500
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 64
 
 
