@@ -152,10 +152,19 @@ NUMBERS = ["selection_ratio", "attention_weight", "negative_slope", "temperature
 OUT_OF_RANGE = [(name, value) for name in NUMBERS for value in (-1, float("nan"), float("inf"))]
 
 
-@pytest.mark.parametrize(("name", "value"), [*OUT_OF_RANGE, ("chunk", 0), ("chunk", -1)])
+@pytest.mark.parametrize(
+    ("name", "value"), [*OUT_OF_RANGE, ("chunk", 0), ("chunk", -1), ("num_prefix_tokens", -1)]
+)
 def test_options_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(LapsValueError, match=name):
         _laps.SimilarityOptions(**{"selection_ratio": 0.5, name: value})
+
+
+@pytest.mark.parametrize(("count", "changes"), [(8, {"prefix": None}), (9, {"prefix": None}), (1, {})])
+def test_leading_prefix_rows_that_do_not_fit_are_refused(count: int, changes: dict[str, Any]) -> None:
+    options = _laps.SimilarityOptions(selection_ratio=0.5, num_prefix_tokens=count)
+    with pytest.raises(LapsValueError, match="num_prefix_tokens"):
+        forward(options=options, **changes)
 
 
 def test_random_arguments_never_get_past_an_exception() -> None:

@@ -289,6 +289,14 @@ BAD: list[tuple[str, dict[str, Any], type[laps.LapsError], str]] = [
     ("chunk", {"chunk": 0}, laps.LapsValueError, "chunk is out of range (expected chunk >= 1, got 0)"),
     ("chunk_type", {"chunk": 1.0}, laps.LapsTypeError, "chunk is no integer"),
     ("backend", {"backend": "cuda"}, laps.LapsValueError, "backend is unknown"),
+    (
+        "all_prefix",
+        {"prefix": N},
+        laps.LapsValueError,
+        f"prefix is {N}, the number of leading rows of patches",
+    ),
+    ("prefix_negative", {"prefix": -1}, laps.LapsValueError, "prefix is out of range"),
+    ("prefix_type", {"prefix": 1.0}, laps.LapsTypeError, "prefix is no array"),
     # NumPy beside autograd.
     (
         "array_and_gradient",

@@ -120,6 +120,37 @@ def test_similarity_backward_passes_opcheck(form: str, pairwise: bool) -> None:
     )
 
 
+def join(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same input with the prefix tokens in front of the patches."""
+    prefix, patches = arguments["prefix"].detach(), arguments["patches"].detach()
+    tokens = torch.cat([prefix, patches], dim=1).requires_grad_()
+    return arguments | {"patches": tokens, "prefix": prefix.shape[1]}
+
+
+@both_shapes
+def test_joined_tokens_pass_opcheck(pairwise: bool) -> None:
+    arguments = join(make("prefix", pairwise=pairwise))
+    args, options = operator_arguments(arguments | {"prefix": None}, pairwise=pairwise)
+    options["num_prefix_tokens"] = arguments["prefix"]
+    torch.library.opcheck(torch.ops.laps.similarity.default, args, options, test_utils=OPCHECKS)
+
+
+@both_shapes
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_joined_tokens_score_and_learn_as_two_tensors_do(backend: str, pairwise: bool) -> None:
+    apart = make("prefix", pairwise=pairwise)
+    joined = join(apart)
+    scores, _ = call(apart, pairwise=pairwise, backend=backend)
+    assert torch.equal(call(joined, pairwise=pairwise, backend=backend)[0], scores)
+    expected = gradients(apart, pairwise=pairwise, backend=backend)
+    actual = gradients(joined, pairwise=pairwise, backend=backend)
+    both = torch.cat([expected.pop("prefix"), expected["patches"]], dim=1)
+    assert torch.equal(actual.pop("patches"), both)
+    assert actual.keys() == expected.keys() - {"patches"}
+    for name, gradient in actual.items():
+        assert torch.equal(gradient, expected[name])
+
+
 def test_max_sim_passes_opcheck() -> None:
     arguments = make("released", requires_grad=())
     args = tuple(arguments[name] for name in ("patches", "words", "word_lengths"))

@@ -310,7 +310,7 @@ def word_lengths(
 
 def _from_list(operation: str, lengths: Sequence[object]) -> Tensor:
     for i, length in enumerate(lengths):
-        if not _is_integer(length):
+        if not is_integer(length):
             raise LapsTypeError(
                 message(operation, f"word_lengths[{i}] is no integer", "int", name_of(length))
             )
@@ -318,7 +318,7 @@ def _from_list(operation: str, lengths: Sequence[object]) -> Tensor:
     return torch.tensor([max(0, min(int(length), most)) for length in lengths], dtype=torch.int64)  # type: ignore[call-overload]
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
@@ -399,7 +399,7 @@ def number(
 
 def count(operation: str, argument: str, value: object, low: int = 1) -> int:
     """An integer >= low."""
-    if not _is_integer(value):
+    if not is_integer(value):
         raise LapsTypeError(message(operation, f"{argument} is no integer", "int", name_of(value)))
     result = int(value)  # type: ignore[call-overload]
     if result < low:
@@ -411,7 +411,7 @@ def seed(operation: str, value: object) -> Tensor | None:
     """The noise seed as a 0-d int64 CPU tensor; Python integers count modulo 2^64."""
     if value is None:
         return None
-    if _is_integer(value):
+    if is_integer(value):
         word = int(value) & (2**64 - 1)  # type: ignore[call-overload]
         return torch.tensor(word - 2**64 if word >= 2**63 else word, dtype=torch.int64)
     if not isinstance(value, Tensor):

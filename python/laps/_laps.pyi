@@ -48,6 +48,7 @@ class SimilarityOptions:
         sampling: str = "gumbel",
         temperature: float = 1.0,
         chunk: int | None = None,
+        num_prefix_tokens: int = 0,
     ) -> SimilarityOptions: ...
 
 def similarity_forward(

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         """The keyword arguments of `similarity` for its overloads, but the one that they differ in."""
 
         selection_ratio: Required[float]
-        prefix: ArrayT | None
+        prefix: ArrayT | int | None
         keep_prob: ArrayT | None
         mask: ArrayT | None
         seed: int | Tensor | None
@@ -177,13 +177,14 @@ def _pairs(
         "temperature": _check.number(operation, "temperature", temperature, 0.0, open_low=True),
         "chunk": None if chunk is None else _check.count(operation, "chunk", chunk),
     }
+    joined = _check.count(operation, "prefix", prefix, low=0) if _check.is_integer(prefix) else None
     given, as_numpy = _check.to_tensors(
         operation,
         {
             "patches": patches,
             "words": words,
             "logits": logits,
-            "prefix": prefix,
+            "prefix": None if joined is not None else prefix,
             "keep_prob": keep_prob,
             "mask": mask,
         },
@@ -207,6 +208,9 @@ def _pairs(
     dtype = _check.common_dtype(operation, given, may_be_bool="mask")
 
     sizes, images, captions = _check.Sizes(operation), *(("B", "B") if pairwise else ("B_v", "B_t"))
+    tokens = v
+    if joined:
+        p, v = _split_prefix(operation, tokens, joined)
     sizes.match("patches", v, f"{images} N C")
     sizes.match("words", w, f"{captions} L C")
     sizes.match("logits", e, f"{images} N N_c")
@@ -223,16 +227,28 @@ def _pairs(
     name = _backend(operation, backend, device)
     _check.fake_tensors(operation, given | {"word_lengths": lengths}, needs_values=name == "torch")
 
-    v, w, e = v.to(dtype), w.to(dtype), e.to(dtype)
+    tokens, w, e = tokens.to(dtype), w.to(dtype), e.to(dtype)
     p = None if p is None or p.shape[1] == 0 else p.to(dtype)
     q = None if q is None else _within_unit_interval(q.to(dtype))
     m = _within_unit_interval(m.to(dtype)) if m is not None and _is_soft(m) else m
     if name == "native":
-        save = _check.needs_grad((v, w, e, p, q, m))
+        save = _check.needs_grad((tokens, w, e, p, q, m))
         scores, kept_fraction, *_ = torch.ops.laps.similarity(
-            v, w, lengths, e, p, q, m, noise_seed, **options, pairwise=pairwise, save_for_backward=save
+            tokens,
+            w,
+            lengths,
+            e,
+            None if joined else p,
+            q,
+            m,
+            noise_seed,
+            **options,
+            pairwise=pairwise,
+            num_prefix_tokens=joined or 0,
+            save_for_backward=save,
         )
     else:
+        p, v = _split_prefix(operation, tokens, joined) if joined else (p, tokens)
         call = torch_backend.similarity_pairwise if pairwise else torch_backend.similarity
         scores, kept_fraction = call(
             v, w, lengths, e, prefix=p, keep_prob=q, mask=m, seed=noise_seed, **options
@@ -240,6 +256,22 @@ def _pairs(
     if as_numpy:
         scores, kept_fraction = scores.numpy(), kept_fraction.numpy()
     return (scores, kept_fraction) if return_kept_fraction else scores
+
+
+def _split_prefix(operation: str, tokens: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` tokens of each image, and the others."""
+    if tokens.dim() != 3 or tokens.shape[1] <= count:
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"prefix is {count}, the number of leading rows of patches",
+                f"patches (B_v, {count} + N, C) with N >= 1",
+                tuple(tokens.shape),
+            )
+        )
+    # One split and not two slices: its gradient is one concatenation.
+    prefix, patches = tokens.split([count, tokens.shape[1] - count], dim=1)  # type: ignore[no-untyped-call]
+    return prefix, patches
 
 
 def _is_soft(mask: Tensor | None) -> bool:
@@ -318,7 +350,8 @@ def similarity(
             tensors on another device it may lie on that device; its values are then not checked.
         logits: (B_v, N, N_c) aggregation logits, one column per aggregated token.
         selection_ratio: share of patches to keep, in (0, 1]. Without effect on a given `mask`.
-        prefix: (B_v, P, C) tokens that take part in the alignment and not in the selection, or None.
+        prefix: (B_v, P, C) tokens that take part in the alignment and not in the selection, or None. Or P
+            itself, if they are the first rows of `patches`, (B_v, P + N, C): its gradient is then one tensor.
         keep_prob: (B_v, N) in [0, 1], the score net's keep probability (paper variant), or None.
         mask: (B_v, B_t, N), the selection itself: bool, or floating in [0, 1] and then with a gradient. None
             to select.
@@ -336,7 +369,7 @@ def similarity(
             of them).
         temperature: of the soft value whose gradient the sampled D carries, > 0.
         return_kept_fraction: also return mean_i D_i per pair, for the ratio loss.
-        chunk: scratch memory in bytes; None for 48 MiB.
+        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch).
         backend: ``"auto"``, ``"torch"`` or ``"native"``; see the module's description.
 
     Returns:
@@ -436,7 +469,7 @@ def similarity_pairwise(
         sampling: ``"gumbel"`` or ``"topk"``.
         temperature: of the soft value, > 0.
         return_kept_fraction: also return mean_i D_i per pair.
-        chunk: scratch memory in bytes; None for 48 MiB.
+        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch).
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Returns:

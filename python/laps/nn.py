@@ -296,7 +296,7 @@ class LAPSHead(SimilarityHead):
         score: ``"cosine"``, or ``"dot"`` as equation 2 prints.
         sampling: ``"gumbel"`` or ``"topk"`` (keeps the budget exactly); paper variant in training.
         temperature: of the Gumbel softmax, > 0.
-        chunk: scratch memory of a call in bytes; None for 48 MiB.
+        chunk: scratch memory of a call in bytes; None for 24 MiB (native) or 48 MiB (torch).
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Parameters in the state dict: ``aggregation.scale``, ``aggregation.norm.*``, ``aggregation.fc1.*``,
@@ -597,6 +597,9 @@ class LAPSHead(SimilarityHead):
     ) -> dict[str, Any]:
         """What `forward` and `pairwise` pass on alike."""
         images = self._image_arguments(image_tokens)
+        if images["prefix"] is not None:
+            # As they came: of two parts, the gradient would be put together in a copy.
+            images |= {"patches": image_tokens, "prefix": self.num_prefix_tokens}
         texts = {"words": words, "word_lengths": self._check_words(words, word_lengths)}
         return images | texts | self._options() | {"return_kept_fraction": return_kept_fraction}
 

@@ -33,7 +33,9 @@ _INPUTS = (
 _OPTIONS = (
     "float selection_ratio, str directions='both', str direction_reduction='sum', float negative_slope=0.1, "
     "bool fusion=True, bool language_context=True, float attention_weight=0.8, str score='cosine', "
-    "str sampling='gumbel', float temperature=1.0, int? chunk=None, bool pairwise=False"
+    "str sampling='gumbel', float temperature=1.0, int? chunk=None, bool pairwise=False, "
+    # Leading rows of `patches` that are prefix tokens, in place of `prefix`: their gradient is one tensor.
+    "int num_prefix_tokens=0"
 )
 
 # FRAGMENT and not DEF: the wheel laps-rs-native adds its own operators to the same namespace.
@@ -85,12 +87,14 @@ def _forward_outputs(
     logits: Tensor,
     prefix: Tensor | None,
     pairwise: bool,
+    num_prefix_tokens: int,
     save_for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Unwritten outputs of the forward operator: scores, kept_fraction, selection, best_token, best_word."""
     pairs = (patches.shape[0],) if pairwise else (patches.shape[0], words.shape[0])
-    tokens = (0 if prefix is None else prefix.shape[1]) + logits.shape[2] + 1
-    saved = (((patches.shape[1] + 7) // 8, torch.uint8), (words.shape[1], torch.int16), (tokens, torch.int16))
+    num_patches = patches.shape[1] - num_prefix_tokens
+    tokens = (num_prefix_tokens if prefix is None else prefix.shape[1]) + logits.shape[2] + 1
+    saved = (((num_patches + 7) // 8, torch.uint8), (words.shape[1], torch.int16), (tokens, torch.int16))
     selection, best_token, best_word = (
         patches.new_empty((*pairs, size) if save_for_backward else (0,), dtype=dtype) for size, dtype in saved
     )
@@ -108,11 +112,12 @@ def _similarity_cpu(
     seed: Tensor | None,
     *,
     pairwise: bool = False,
+    num_prefix_tokens: int = 0,
     save_for_backward: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _refuse_wrong_rank(patches, words, logits, prefix)
-    outputs = _forward_outputs(patches, words, logits, prefix, pairwise, save_for_backward)
+    outputs = _forward_outputs(patches, words, logits, prefix, pairwise, num_prefix_tokens, save_for_backward)
     scores, kept_fraction, selection, best_token, best_word = outputs
     _laps.similarity_forward(
         native_tensor(patches),
@@ -123,7 +128,7 @@ def _similarity_cpu(
         native_tensor(keep_prob),
         native_tensor(mask),
         _seed_word(seed),
-        native_options(**options),
+        native_options(num_prefix_tokens=num_prefix_tokens, **options),
         pairwise,
         torch.get_num_threads(),
         scores,
@@ -153,10 +158,11 @@ def _similarity_fake(
     seed: Tensor | None,
     *,
     pairwise: bool = False,
+    num_prefix_tokens: int = 0,
     save_for_backward: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _forward_outputs(patches, words, logits, prefix, pairwise, save_for_backward)
+    return _forward_outputs(patches, words, logits, prefix, pairwise, num_prefix_tokens, save_for_backward)
 
 
 def _similarity_setup(

@@ -9,7 +9,11 @@ const OPERATION: &str = "SimilarityOptions";
 
 /// The settings of a similarity call, checked.
 #[pyclass(frozen, module = "laps._laps", name = "SimilarityOptions")]
-pub(super) struct SimilarityOptions(pub(super) Options);
+pub(super) struct SimilarityOptions {
+    pub(super) core: Options,
+    /// Leading rows of `patches` that are prefix tokens; 0 where these are an argument of their own.
+    pub(super) prefix_rows: usize,
+}
 
 fn choose<V: Copy>(argument: &'static str, value: &str, choices: &[(&str, V)]) -> Result<V, LapsError> {
     match choices.iter().find(|(name, _)| *name == value) {
@@ -30,7 +34,7 @@ impl SimilarityOptions {
     #[new]
     #[pyo3(signature = (*, selection_ratio, directions="both", direction_reduction="sum", negative_slope=0.1,
         fusion=true, language_context=true, attention_weight=0.8, score="cosine", sampling="gumbel",
-        temperature=1.0, chunk=None))]
+        temperature=1.0, chunk=None, num_prefix_tokens=0))]
     #[allow(clippy::too_many_arguments)]
     fn new(
         selection_ratio: f64,
@@ -44,6 +48,7 @@ impl SimilarityOptions {
         sampling: &str,
         temperature: f64,
         chunk: Option<i64>,
+        num_prefix_tokens: i64,
     ) -> PyResult<Self> {
         let directions = choose(
             "directions",
@@ -57,7 +62,7 @@ impl SimilarityOptions {
         let reductions = [("sum", false), ("mean", true)];
         let sampling =
             choose("sampling", sampling, &[("gumbel", Sampling::Gumbel), ("topk", Sampling::TopK)])?;
-        let options = Options {
+        let core = Options {
             selection_ratio,
             directions,
             mean_of_directions: choose("direction_reduction", direction_reduction, &reductions)?,
@@ -70,11 +75,13 @@ impl SimilarityOptions {
             temperature,
             chunk: chunk.map_or(Options::default().chunk, |bytes| usize::try_from(bytes).unwrap_or(0)),
         };
-        options.check(OPERATION)?;
-        Ok(SimilarityOptions(options))
+        core.check(OPERATION)?;
+        let prefix_rows = usize::try_from(num_prefix_tokens)
+            .map_err(|_| LapsError::value(OPERATION, "num_prefix_tokens", "at least 0", num_prefix_tokens))?;
+        Ok(SimilarityOptions { core, prefix_rows })
     }
 
     fn __repr__(&self) -> String {
-        format!("{:?}", self.0)
+        format!("{:?}, prefix_rows: {}", self.core, self.prefix_rows)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::AtomicBool;
 
-use ndarray::{Array3, ArrayView3, Axis, Ix1, Ix2, Ix3};
+use ndarray::{Array3, Axis, Ix1, Ix2, Ix3};
 use pyo3::prelude::*;
 
 use super::gate;
@@ -23,6 +23,7 @@ struct Arguments {
     mask: Option<Tensor>,
     seed: Option<u64>,
     options: Options,
+    prefix_rows: usize,
     pairs: Pairs,
 }
 
@@ -56,12 +57,18 @@ impl Arguments {
             mask: maybe(mask, "mask")?,
             // Python's and torch's negative seeds wrap.
             seed: seed.map(|seed| seed as u64),
-            options: options.0,
+            options: options.core,
+            prefix_rows: options.prefix_rows,
             pairs: if pairwise { Pairs::Diagonal } else { Pairs::All },
         };
         if arguments.keep_prob.is_some() && arguments.mask.is_some() {
             let error = LapsError::value(operation, "mask", "keep_prob or mask, not both", "both");
             return Err(error.into());
+        }
+        let rows = arguments.patches.shape().get(1).copied().unwrap_or(0);
+        if arguments.prefix_rows > 0 && (arguments.prefix.is_some() || arguments.prefix_rows >= rows) {
+            let (expected, got) = ("fewer than the rows of patches, and no prefix", arguments.prefix_rows);
+            return Err(LapsError::value(operation, "num_prefix_tokens", expected, got).into());
         }
         Ok(arguments)
     }
@@ -108,12 +115,11 @@ impl Arguments {
                 Selection::SoftMask(soft.view())
             }
         };
-        let patches = patches.view();
-        let (images, _, channels) = patches.dim();
-        let none = ArrayView3::from_shape((images, 0, channels), &[]).expect("no elements");
+        // No leading rows are an empty prefix.
+        let (leading, patches) = patches.view().split_at(Axis(1), self.prefix_rows);
         job(&PairInput {
             patches,
-            prefix: prefix.as_ref().map_or(none, |p| p.view()),
+            prefix: prefix.as_ref().map_or(leading, |p| p.view()),
             words: words.view(),
             word_lengths: word_lengths.view(),
             logits: logits.view(),
@@ -359,9 +365,12 @@ pub(super) fn similarity_backward(
             let grad_fraction = grad_fraction.as_ref().map(|g| load_grads::<T>(g, pairs)).transpose()?;
             arguments.with_input::<T, _>(stop, |input| {
                 // Gradients that nobody wants still have a place to go.
+                let (leading, patches) =
+                    grad_patches.output::<T, Ix3>()?.split_at(Axis(1), arguments.prefix_rows);
                 let mut unwanted_prefix = Array3::zeros(input.prefix.dim());
                 let prefix = match &mut grad_prefix {
                     Some(prefix) => prefix.output::<T, Ix3>()?,
+                    None if arguments.prefix_rows > 0 => leading,
                     None => unwanted_prefix.view_mut(),
                 };
                 let mut unwanted_keep = match (&input.selection, &grad_keep_prob) {
@@ -380,7 +389,7 @@ pub(super) fn similarity_backward(
                     (Some(mask), Pairs::Diagonal) => Some(mask.output::<T, Ix2>()?.insert_axis(Axis(1))),
                 };
                 let mut out = GradientsMut {
-                    patches: grad_patches.output()?,
+                    patches,
                     prefix,
                     words: grad_words.output()?,
                     logits: grad_logits.output()?,

@@ -149,7 +149,7 @@ pub(super) fn align_patches_words<'py>(
     let words = Tensor::import(words, operation, "words")?;
     let lengths = Tensor::import(word_lengths, operation, "word_lengths")?;
     let counts = token_counts.map(|c| Tensor::import(c, operation, "token_counts")).transpose()?;
-    let options = &options.0;
+    let options = &options.core;
     with_float!(operation, tokens, T => {
         let (scores, alignment) = gate::run(py, num_threads, work(&tokens, &words), |_| {
             let (tokens, words) = (tokens.input::<T, Ix4>()?, words.input::<T, Ix3>()?);

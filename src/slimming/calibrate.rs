@@ -7,7 +7,9 @@ use super::options::{Options, Score};
 use super::prepare::{EPSILON, Lengths, NOISE, PreparedImage, PreparedText};
 use super::real::{Real, lanes};
 use super::select::Decision;
-use super::simd::{Buffer, GatherCoefficients, GatherRows, Strided, combine, dot, reserve, zeros};
+use super::simd::{
+    Buffer, GatherCoefficients, GatherRows, Strided, combine, dot, reserve, row_products, zeros,
+};
 
 /// Where the terms of a sum reach less than this, of rows scaled to about 1, squares may underflow in f32.
 const SMALLEST_REACH: f64 = 1e-15;
@@ -217,8 +219,7 @@ impl<T: Real> PairTokens<T> {
         let rows = self.prefix_row() + prefix + usize::from(self.has_fused);
         reserve(&mut self.products, rows * text.lanes);
         let base = image.rows.as_ptr();
-        let width = text.length.next_multiple_of(lanes::<S, T>());
-        // SAFETY: all indices are rows of the image; its rows and the panel have `stride` steps, zero beyond C.
+        // SAFETY: all indices are rows of the image; its rows and the words have `stride` elements, zero beyond C.
         unsafe {
             let indices = self.summed.iter().chain(&self.others).map(|&i| i as usize);
             let mut from: Vec<*const T> =
@@ -228,8 +229,7 @@ impl<T: Real> PairTokens<T> {
             }
             let out = self.products.as_mut_ptr();
             let to: Vec<*mut T> = (0..rows).map(|r| out.add(r * text.lanes)).collect();
-            let steps = Strided { count: stride, coefficient: 1, row: text.lanes };
-            combine(simd, &from, text.panel.as_ptr(), steps, &to, width, false);
+            row_products(simd, &from, text.rows.as_ptr(), text.length, stride, &to);
         }
     }
 

@@ -19,7 +19,7 @@ use super::options::{Options, PairInput, Pairs, Selection, Sizes, shape};
 use super::prepare::{Lengths, PreparedImage, PreparedText, TextBlock, longest};
 use super::real::{Real, lanes, padded};
 use super::select::{PairSelection, straight_through};
-use super::simd::{Buffer, GatherRows, Level, Strided, combine, dot, reserve, zeros};
+use super::simd::{Buffer, GatherRows, Level, Strided, combine, dot, reserve, row_products, zeros};
 use super::similarity::{Blocks, PairScratch, Saved, met};
 use crate::error::LapsError;
 
@@ -65,7 +65,7 @@ pub fn similarity_backward<T: Real>(
     };
     let pair_bytes = (pair_rows + sizes.prefix + 2) * (padded::<T>(longest) * element + 4)
         + padded::<T>(sizes.channels) * element;
-    let blocks = Blocks::new::<T>(&sizes, input.pairs, longest, pair_bytes, options.chunk / 2);
+    let blocks = Blocks::new::<T>(&sizes, input.pairs, longest, Some(pair_bytes), options.chunk);
     let lengths = blocks.lengths;
     for texts in blocks.text_ranges(sizes.texts) {
         let block = TextBlock::new(input, texts.clone(), options);
@@ -310,7 +310,7 @@ struct Scratch<T: Real> {
     weight_grads: Buffer<T>,
     /// h_m w_im: (N_c, summed) for the Gram form, (summed, N_c) for the direct one.
     shrunk: Buffer<T>,
-    /// Rows of H, or the panel of the tokens for the direct form.
+    /// Rows of H.
     square: Buffer<T>,
     /// dr, the gradient of the fused token.
     fused: Buffer<T>,
@@ -672,13 +672,7 @@ impl<T: Real> ImageTask<'_, '_, T> {
                 *x = scratch.x[(self.sizes.prefix + m) * text.lanes + j];
             }
         }
-        if self.lengths == Lengths::Direct {
-            reserve(&mut scratch.square, row_stride * stride);
-            for (m, token) in tokens.vectors.chunks_exact(row_stride).enumerate().take(aggregated) {
-                token.iter().enumerate().for_each(|(c, &q)| scratch.square[c * stride + m] = q);
-            }
-        }
-        // SAFETY: indices are rows of the image; the panel of tokens has a row per channel, products and weight_grads one per
+        // SAFETY: indices are rows of the image; there are N_c token vectors; products and weight_grads one per
         // index, x_transposed one per word.
         unsafe {
             let out = scratch.weight_grads.as_mut_ptr();
@@ -686,8 +680,7 @@ impl<T: Real> ImageTask<'_, '_, T> {
             if self.lengths == Lengths::Direct {
                 let base = image.rows.as_ptr();
                 let from: Vec<*const T> = indices().map(|i| base.add(i * row_stride)).collect();
-                let steps = Strided { count: row_stride, coefficient: 1, row: stride };
-                combine(simd, &from, scratch.square.as_ptr(), steps, &to, width, false);
+                row_products(simd, &from, tokens.vectors.as_ptr(), aggregated, row_stride, &to);
                 for row in scratch.weight_grads.chunks_exact_mut(stride).take(rows) {
                     row.iter_mut().zip(scratch.shrink.iter()).for_each(|(y, &h)| *y *= h);
                 }

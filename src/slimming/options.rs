@@ -59,7 +59,7 @@ pub struct Options {
     pub sampling: Sampling,
     /// tau of the Gumbel-softmax.
     pub temperature: f64,
-    /// Budget of scratch memory in bytes.
+    /// Budget of scratch memory in bytes; one text, and one image per thread, are always held.
     pub chunk: usize,
 }
 
@@ -76,7 +76,7 @@ impl Default for Options {
             score: Score::Cosine,
             sampling: Sampling::Gumbel,
             temperature: 1.0,
-            chunk: 48 << 20,
+            chunk: 24 << 20,
         }
     }
 }

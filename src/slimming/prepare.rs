@@ -5,8 +5,8 @@ use pulp::{Simd, WithSimd};
 use rayon::prelude::*;
 
 use super::options::{Options, PairInput, Score, Selection, Sizes};
-use super::real::{Real, lanes, padded};
-use super::simd::{Buffer, Level, Strided, combine, zeros};
+use super::real::{Real, padded};
+use super::simd::{Buffer, Level, row_products, zeros};
 
 /// eps of the stable weights (laps.md, paper variant).
 pub(crate) const EPSILON: f64 = 1e-6;
@@ -58,10 +58,7 @@ pub(crate) struct PreparedImage<'a, T: Real> {
     pub logits: ArrayView2<'a, T>,
     /// G = V V^T over patches (and their mean), stride `gram_stride`; empty unless [`Lengths::Gram`].
     pub gram: Buffer<T>,
-    /// Stride of `gram` and of `panel`.
     pub gram_stride: usize,
-    /// The patches (and their mean) transposed, (C, N).
-    panel: Buffer<T>,
 }
 
 /// One text.
@@ -71,8 +68,7 @@ pub(crate) struct PreparedText<T: Real> {
     pub finite: bool,
     /// Unit words, (l, C) of the images' row stride.
     pub rows: Buffer<T>,
-    /// The same, transposed: (C, l) of stride `lanes`, zeros beyond l.
-    pub panel: Buffer<T>,
+    /// l, padded: the stride of what has a column per word.
     pub lanes: usize,
     /// Inverse raw lengths, 0 for a zero word.
     pub inverse: Vec<T>,
@@ -148,7 +144,6 @@ impl<T: Real> PreparedText<T> {
             length,
             finite: largest(words).is_finite(),
             rows: zeros(length * stride),
-            panel: zeros(stride * lanes),
             lanes,
             inverse: vec![T::zero(); length],
             direction: zeros(stride),
@@ -161,10 +156,7 @@ impl<T: Real> PreparedText<T> {
         for (j, word) in words.rows().into_iter().enumerate() {
             let row = &mut text.rows[j * stride..][..channels];
             text.inverse[j] = unit(word, row);
-            for (c, (&x, &raw)) in row.iter().zip(word).enumerate() {
-                text.panel[c * lanes + j] = x;
-                sum[c] += (raw * scale).wide();
-            }
+            sum.iter_mut().zip(word).for_each(|(s, &raw)| *s += (raw * scale).wide());
             if text.inverse[j] > T::zero() {
                 reach += (scale / text.inverse[j]).wide();
             }
@@ -189,7 +181,6 @@ impl<T: Real> PreparedText<T> {
             length: 1,
             finite: true,
             rows: zeros(stride),
-            panel: zeros(stride * T::PAD),
             lanes: T::PAD,
             inverse: vec![T::zero()],
             direction: zeros(stride),
@@ -283,15 +274,13 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             logits,
             gram: Buffer::new(64),
             gram_stride: padded::<T>(summed),
-            panel: Buffer::new(64),
         };
         if finite {
             image.fill_rows(patches, prefix, soft);
             image.fill_self_scores(n, channels, options, soft_scaled(&input.selection));
             image.fill_weights(n, aggregated, soft);
-            image.fill_panel(summed, channels);
             if lengths == Lengths::Gram {
-                image.fill_gram(simd, summed, channels);
+                image.fill_gram(simd, summed);
             }
         }
         image
@@ -300,7 +289,6 @@ impl<'a, T: Real> PreparedImage<'a, T> {
     /// Frees what the gradient of the words does not need.
     pub(crate) fn keep_rows_only(&mut self) {
         self.gram = zeros(0);
-        self.panel = zeros(0);
         self.weights = zeros(0);
     }
 
@@ -381,22 +369,20 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         }
     }
 
-    /// G = V V^T: the lower triangle in panels, then its mirror.
+    /// G = V V^T: the lower triangle in blocks of rows, then its mirror.
     #[inline(always)]
-    fn fill_gram<S: Simd>(&mut self, simd: S, summed: usize, channels: usize) {
+    fn fill_gram<S: Simd>(&mut self, simd: S, summed: usize) {
         let (stride, gram_stride) = (self.stride, self.gram_stride);
         self.gram = zeros(summed * gram_stride);
-        let steps = Strided { count: channels, coefficient: 1, row: gram_stride };
         const ROWS: usize = 24;
         for start in (0..summed).step_by(ROWS) {
             let end = (start + ROWS).min(summed);
-            // SAFETY: rows start..end have C elements, the panel C rows of `gram_stride`, G a row of that per patch.
+            // SAFETY: rows 0..end have `stride` elements, G a row of at least `summed` for each.
             unsafe {
-                let (from, to) = (self.rows.as_ptr(), self.gram.as_mut_ptr());
-                let from: Vec<*const T> = (start..end).map(|i| from.add(i * stride)).collect();
+                let (rows, to) = (self.rows.as_ptr(), self.gram.as_mut_ptr());
+                let from: Vec<*const T> = (start..end).map(|i| rows.add(i * stride)).collect();
                 let to: Vec<*mut T> = (start..end).map(|i| to.add(i * gram_stride)).collect();
-                let width = end.next_multiple_of(lanes::<S, T>());
-                combine(simd, &from, self.panel.as_ptr(), steps, &to, width, false);
+                row_products(simd, &from, rows, end, stride, &to);
             }
         }
         for i in 0..summed {
@@ -406,39 +392,18 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         }
     }
 
-    #[inline(always)]
-    fn fill_panel(&mut self, summed: usize, channels: usize) {
-        let (stride, panel_stride) = (self.stride, self.gram_stride);
-        self.panel = zeros(channels * panel_stride);
-        // Tile by tile, so that neither side of the transposition leaves the cache.
-        const TILE: usize = 16;
-        for first in (0..summed).step_by(TILE) {
-            for start in (0..channels).step_by(TILE) {
-                for i in first..(first + TILE).min(summed) {
-                    for c in start..(start + TILE).min(channels) {
-                        self.panel[c * panel_stride + i] = self.rows[i * stride + c];
-                    }
-                }
-            }
-        }
-    }
-
     /// b_i of every text whose direction is a row of `directions`: (texts, N) of stride `gram_stride`.
     #[inline(always)]
     pub(crate) fn text_scores<S: Simd>(&self, simd: S, directions: &[T]) -> Buffer<T> {
         let n = self.self_scores.len();
         let texts = directions.len() / self.stride;
-        let steps =
-            Strided { count: self.panel.len() / self.gram_stride, coefficient: 1, row: self.gram_stride };
         let mut out = zeros::<T>(texts * self.gram_stride);
-        // SAFETY: directions has a row of at least C elements per text, the panel C rows of `gram_stride`, `out` a row of
-        // that per text.
+        // SAFETY: directions has a row of `stride` elements per text, the image N of them, `out` a row of at least N per text.
         unsafe {
             let (from, to) = (directions.as_ptr(), out.as_mut_ptr());
             let from: Vec<*const T> = (0..texts).map(|t| from.add(t * self.stride)).collect();
             let to: Vec<*mut T> = (0..texts).map(|t| to.add(t * self.gram_stride)).collect();
-            let width = n.next_multiple_of(lanes::<S, T>());
-            combine(simd, &from, self.panel.as_ptr(), steps, &to, width, false);
+            row_products(simd, &from, self.rows.as_ptr(), n, self.stride, &to);
         }
         for row in out.chunks_exact_mut(self.gram_stride) {
             row.iter_mut().zip(&self.text_factor).for_each(|(b, &f)| *b *= f);
@@ -475,12 +440,6 @@ impl<T: Real> TextBlock<T> {
             row.copy_from_slice(&text.direction);
         }
         TextBlock { texts, directions }
-    }
-
-    /// Bytes per word of a prepared text, for the memory budget.
-    pub(crate) fn bytes_per_word(channels: usize) -> usize {
-        // Rows, and a panel that may be padded to twice the words.
-        3 * padded::<T>(channels) * size_of::<T>()
     }
 }
 

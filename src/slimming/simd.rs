@@ -332,6 +332,105 @@ unsafe fn add_products<S: Simd, T: Real, P: Steps, const R: usize, const V: usiz
     sums
 }
 
+/// Products of two sets of rows: `out[r][j] = sum_c rows[r][c] * columns[j * stride + c]`, j < `count`.
+///
+/// Where [`combine`] has output columns side by side in a vector, here one sum is spread over it: no transposed copy of
+/// either side, and no lanes are lost to a number of columns that fills no vectors. Each sum is taken in the same order,
+/// whatever its neighbours: equal rows have equal products. Cost: `2 * rows.len() * count * stride` FLOPs.
+///
+/// # Safety
+/// Every row is readable for `stride` elements, a multiple of the lanes of `S`, `columns` for `count` such rows; `out[r]` is
+/// writable for `count` elements that overlap no input and no other output row.
+#[inline(always)]
+pub(crate) unsafe fn row_products<S: Simd, T: Real>(
+    simd: S,
+    rows: &[*const T],
+    columns: *const T,
+    count: usize,
+    stride: usize,
+    out: &[*mut T],
+) {
+    debug_assert_eq!(rows.len(), out.len());
+    debug_assert_eq!(stride % lanes::<S, T>(), 0);
+    // Blocks of equal width, as nearly as may be: a lone column would load each row for one product.
+    let blocks = count.div_ceil(COLUMNS);
+    for b in 0..blocks {
+        let (first, end) = (b * count / blocks, (b + 1) * count / blocks);
+        // SAFETY: columns first..end of `count`; the rest is the caller's promise.
+        unsafe {
+            let columns = columns.add(first * stride);
+            match end - first {
+                1 => products_with::<S, T, 1>(simd, rows, columns, stride, out, first),
+                2 => products_with::<S, T, 2>(simd, rows, columns, stride, out, first),
+                3 => products_with::<S, T, 3>(simd, rows, columns, stride, out, first),
+                4 => products_with::<S, T, 4>(simd, rows, columns, stride, out, first),
+                _ => products_with::<S, T, COLUMNS>(simd, rows, columns, stride, out, first),
+            }
+        }
+    }
+}
+
+/// Columns of a block of [`row_products`] at most.
+const COLUMNS: usize = 5;
+
+/// All rows with `J` columns.
+#[inline(always)]
+unsafe fn products_with<S: Simd, T: Real, const J: usize>(
+    simd: S,
+    rows: &[*const T],
+    columns: *const T,
+    stride: usize,
+    out: &[*mut T],
+    first: usize,
+) {
+    // SAFETY: the caller's promise, for columns first..first + J.
+    unsafe {
+        if S::REGISTER_COUNT >= 32 {
+            products_by::<S, T, 4, J>(simd, rows, columns, stride, out, first);
+        } else {
+            products_by::<S, T, 2, J>(simd, rows, columns, stride, out, first);
+        }
+    }
+}
+
+/// `R` rows at a time.
+#[inline(always)]
+unsafe fn products_by<S: Simd, T: Real, const R: usize, const J: usize>(
+    simd: S,
+    rows: &[*const T],
+    columns: *const T,
+    stride: usize,
+    out: &[*mut T],
+    first: usize,
+) {
+    let lanes = lanes::<S, T>();
+    for start in (0..rows.len()).step_by(R) {
+        let at = |r: usize| (start + r).min(rows.len() - 1);
+        let from: [*const T; R] = std::array::from_fn(|r| rows[at(r)]);
+        let mut sums = [[T::splat(simd, T::zero()); J]; R];
+        // SAFETY: R rows and J columns of `stride` elements; a short block repeats its last row, and its products.
+        unsafe {
+            for c in (0..stride).step_by(lanes) {
+                let mut inputs = [T::splat(simd, T::zero()); J];
+                for j in 0..J {
+                    inputs[j] = columns.add(j * stride + c).cast::<T::Vector<S>>().read_unaligned();
+                }
+                for r in 0..R {
+                    let row = from[r].add(c).cast::<T::Vector<S>>().read_unaligned();
+                    for j in 0..J {
+                        sums[r][j] = T::fused(simd, row, inputs[j], sums[r][j]);
+                    }
+                }
+            }
+            for r in 0..R {
+                for j in 0..J {
+                    out[at(r)].add(first + j).write(T::sum_of(simd, sums[r][j]));
+                }
+            }
+        }
+    }
+}
+
 /// `best[0..width] = max over r of sum_s rows[r][s] * x[s * stride..][0..width]`: the products of [`combine`], of which only
 /// the highest of each column leaves the registers. Finite input only.
 ///

@@ -63,28 +63,33 @@ pub(crate) struct Blocks {
 }
 
 impl Blocks {
-    /// `pair_bytes` is what a pair leaves behind until its block is done.
+    /// Blocks for the forward pass or, where a pair leaves `pair_bytes` behind until its block is done, for the backward.
     pub(crate) fn new<T: Real>(
         sizes: &Sizes,
         pairs: Pairs,
         longest: usize,
-        pair_bytes: usize,
+        pair_bytes: Option<usize>,
         chunk: usize,
     ) -> Self {
         let lengths = Lengths::for_texts_per_image(sizes.columns(pairs));
-        let element = size_of::<T>();
-        let per_text = longest * TextBlock::<T>::bytes_per_word(sizes.channels) + 1;
+        let row = padded::<T>(sizes.channels) * size_of::<T>();
+        // The words, and in the backward pass their gradients.
+        let per_text = (longest * row * if pair_bytes.is_some() { 2 } else { 1 }).max(1);
         let texts = (chunk / 2 / per_text).clamp(1, sizes.texts);
-        let rows = (sizes.patches + 1 + sizes.prefix) * padded::<T>(sizes.channels);
         let weights = (sizes.patches + 1) * padded::<T>(sizes.aggregated);
         let gram = match lengths {
             Lengths::Gram => (sizes.patches + 1) * padded::<T>(sizes.patches + 1),
             Lengths::Direct => 0,
         };
         let columns = if pairs == Pairs::All { texts } else { 1 };
-        let per_image = (rows + weights + gram) * element + columns * pair_bytes;
-        let images = (chunk / 2 / per_image).clamp(1, sizes.images);
-        Blocks { lengths, texts, images }
+        let per_image = (sizes.patches + 1 + sizes.prefix) * row
+            + (weights + gram) * size_of::<T>()
+            + columns * pair_bytes.unwrap_or(0);
+        // As many for one thread as for another: a block ends when its last image does. Sums run in the images' order
+        // whatever the blocks, so that the threads change no result.
+        let threads = rayon::current_num_threads();
+        let images = (chunk.saturating_sub(texts * per_text) / per_image / threads).max(1) * threads;
+        Blocks { lengths, texts, images: images.min(sizes.images) }
     }
 
     /// The text blocks of a call.
@@ -121,9 +126,9 @@ pub(crate) fn met(pairs: Pairs, image: usize, texts: &Range<usize>) -> Range<usi
 ///
 /// `S = mean_j max_m A_mj + mean_m max_j A_mj`, `A_mj = leaky_relu(u_m . l2(w_j))`, with the tokens u that the pair's
 /// selection gives (laps.md). Per pair about `2 C (N + (k + P + 1) l) + 2 k N_c l + k^2 N_c` FLOPs, once per image
-/// `N^2 C` more; scratch memory stays within `options.chunk` where that holds one image and one text. Works on the
-/// current rayon pool; the result does not depend on its size. A pair with non-finite input scores NaN. Errors name the
-/// argument that does not fit.
+/// `N^2 C` more; scratch memory stays within `options.chunk` where that holds one text, and one image per thread. Works
+/// on the current rayon pool; the result does not depend on its size. A pair with non-finite input scores NaN. Errors
+/// name the argument that does not fit.
 ///
 /// ```
 /// use laps::slimming::{Options, PairInput, Pairs, Selection, similarity};
@@ -169,7 +174,7 @@ pub fn similarity<T: Real>(
         }),
     };
     let longest = super::prepare::longest(input.word_lengths);
-    let blocks = Blocks::new::<T>(&sizes, input.pairs, longest, 0, options.chunk);
+    let blocks = Blocks::new::<T>(&sizes, input.pairs, longest, None, options.chunk);
     for texts in blocks.text_ranges(sizes.texts) {
         let block = TextBlock::new(input, texts.clone(), options);
         for images in blocks.image_ranges(sizes.images, input.pairs, &texts) {
