@@ -80,7 +80,7 @@ lint: venv
 	@echo '[lint] ruff, mypy, stubs, tables'
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
-	@$(BIN)/mypy --no-error-summary python/laps benchmarks scripts
+	@$(BIN)/mypy --no-error-summary python/laps python/laps_command benchmarks scripts
 	@$(BIN)/python -m mypy.stubtest laps._laps
 	@$(BIN)/python -m benchmarks.tables --check
 

@@ -26,7 +26,7 @@ ALLOWED = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s)\.so\.\d+|ld-l
 NEWEST_GLIBC = (2, 28)
 # PEP 600's names for the older policies.
 OLD_POLICIES = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
-WHEEL_FILES = ("laps/__init__.py", "laps/_laps.pyi", "laps/py.typed")
+WHEEL_FILES = ("laps/__init__.py", "laps/_laps.pyi", "laps/py.typed", "laps_command/__init__.py")
 SDIST_FILES = (
     "Cargo.lock",
     "Cargo.toml",

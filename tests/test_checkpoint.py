@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import laps
 import numpy as np
@@ -26,7 +28,7 @@ from _models import (
     tiny_laps,
     vision_model,
 )
-from laps import LapsValueError
+from laps import LapsError, LapsValueError
 from laps.checkpoint import load_checkpoint, save_checkpoint
 from laps.encoders import ImageEncoder, TextEncoder
 from safetensors.torch import load_file, save_file
@@ -200,45 +202,102 @@ def test_saving_again_replaces_the_model_and_nothing_else_in_the_folder(tmp_path
     assert laps.LAPS.from_pretrained(tmp_path, image_encoder=Grid()).config == second.config
 
 
-@pytest.mark.parametrize(
-    ("key", "part"),
-    [
-        ("image_encoder.backbone.layernorm.weight", "layernorm.weight"),
-        ("text_encoder.projection.bias", "text_encoder.projection.bias"),
-        ("head.aggregation.fc1.weight", "head.aggregation.fc1.weight"),
-    ],
-)
-def test_weights_that_do_not_fit_are_named(key: str, part: str, saved: Path, tmp_path: Path) -> None:
+# transformers knows the first by another name.
+KEYS = {
+    "image_encoder.backbone.encoder.layer.0.attention.attention.key.weight": ((2, 32), (32, 32)),
+    "text_encoder.projection.weight": ((2, 32), (16, 32)),
+    "head.aggregation.fc1.weight": ((2, 16), (3, 16)),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_weights_that_do_not_fit_are_named_as_in_the_file_with_both_shapes(
+    key: str, saved: Path, tmp_path: Path
+) -> None:
     folder = copy(saved, tmp_path)
     path = folder / "model.safetensors"
-    assert key in load_file(path)
+    given, own = KEYS[key]
+    assert tuple(load_file(path)[key].shape) == own
     edit(path, lambda state: state.update({key + "_old": state.pop(key)}))
-    with pytest.raises(LapsValueError, match="does not fit the model") as caught:
+    with pytest.raises(LapsValueError) as caught:
         laps.LAPS.from_pretrained(folder)
-    assert f"missing: {part}" in str(caught.value)
-    assert f"unexpected: {part}_old" in str(caught.value)
+    start = f"weights: {path} does not fit the model (expected its keys, got "
+    assert str(caught.value) == f"{start}missing: {key}; unexpected: {key}_old)"
 
     edit(path, lambda state: state.update({key: state.pop(key + "_old")[:2].clone()}))
-    with pytest.raises(LapsValueError, match="of another shape: ") as caught:
+    with pytest.raises(LapsValueError) as caught:
         laps.LAPS.from_pretrained(folder)
-    assert part in str(caught.value)
+    assert str(caught.value) == f"{start}of another shape: {key} {given}, not {own})"
+
+
+def test_all_weights_that_do_not_fit_stand_in_one_message(saved: Path, tmp_path: Path) -> None:
+    folder = copy(saved, tmp_path)
+    edit(
+        folder / "model.safetensors",
+        lambda state: state.update({f"{key}_old": state.pop(key) for key in KEYS}),
+    )
+    with pytest.raises(LapsValueError) as caught:
+        laps.LAPS.from_pretrained(folder)
+    keys = sorted(KEYS)
+    assert f"missing: {', '.join(keys)}; unexpected: {'_old, '.join(keys)}_old)" in str(caught.value)
+
+
+def test_of_many_weights_that_do_not_fit_those_of_each_part_are_named(saved: Path, tmp_path: Path) -> None:
+    folder = copy(saved, tmp_path)
+    edit(folder / "model.safetensors", lambda state: [state.pop(key) for key in list(state)])  # type: ignore[arg-type, return-value]
+    with pytest.raises(LapsValueError, match=r"missing: head\..* and \d+ more, image_encoder\..*") as caught:
+        laps.LAPS.from_pretrained(folder)
+    assert len(str(caught.value)) < 2500
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "said"),
+    [
+        ("config.json", "embed_dim", "16", "LAPSConfig: embed_dim is no integer (expected int, got str)"),
+        ("config.json", "num_patches", 0, "LAPSConfig: num_patches is out of range"),
+        ("config.json", "head_options", [1], "LAPSConfig: head_options has the wrong type"),
+        ("config.json", "image_projection", 1, "LAPSConfig: image_projection is no flag"),
+        ("config.json", "head", "slim", "build_head: name is unknown"),
+        ("config.json", "head_options", {"rho": 0.5}, 'build_head: "laps" refuses an option'),
+        ("config.json", "loss", {"bound": 2.0}, "LAPS: loss has an unknown option"),
+        ("config.json", "image_encoder", {"model_type": ["vit"]}, "encoder config: model_type is unknown"),
+        (
+            "config.json",
+            "text_encoder",
+            {"model_type": "bert", "hidden_size": "32"},
+            "encoder config: no bert model can be built",
+        ),
+        (
+            "config.json",
+            "text_encoder",
+            {"model_type": "bert", "hidden_size": -8},
+            "encoder config: no bert model can be built",
+        ),
+        ("transform.json", "mean", "grey", "ImageTransform: mean is no list"),
+        ("transform.json", "image_size", 0, "ImageTransform: image_size is out of range"),
+        ("transform.json", "rotate", 90, "ImageTransform.from_dict: unknown keys"),
+    ],
+)
+def test_a_value_that_makes_no_sense_is_named_with_its_file(
+    name: str, key: str, value: object, said: str, saved: Path, tmp_path: Path
+) -> None:
+    path = copy(saved, tmp_path) / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(LapsError) as caught:
+        laps.LAPS.from_pretrained(path.parent)
+    assert str(caught.value).startswith(f"{path}: {said}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "transform.json"])
 def test_a_file_that_is_missing_or_broken_is_named(name: str, saved: Path, tmp_path: Path) -> None:
     folder = copy(saved, tmp_path)
-    for spoil in (lambda path: path.write_bytes(b"{not this"), lambda path: path.unlink()):
+    contents = (b"{not this", b"[1, 2]", b"\xff\xfe", (saved / name).read_bytes()[:-40])
+    for spoil in (*(partial(Path.write_bytes, data=content) for content in contents), Path.unlink):
         spoil(folder / name)
         with pytest.raises(LapsValueError) as caught:
             laps.LAPS.from_pretrained(folder)
         assert str(folder / name) in str(caught.value)
-
-
-def test_a_transform_with_an_unknown_option_is_named_with_its_file(saved: Path, tmp_path: Path) -> None:
-    path = copy(saved, tmp_path) / "transform.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rotate": 90}))
-    with pytest.raises(LapsValueError, match=r"transform\.json cannot be read.*rotate"):
-        laps.LAPS.from_pretrained(path.parent)
 
 
 def test_a_folder_of_transformers_is_no_laps_model(tmp_path: Path) -> None:
@@ -346,6 +405,87 @@ def test_a_checkpoint_of_another_model_or_a_broken_one_is_refused_by_name(tmp_pa
     (tmp_path / "last" / "optimizer.safetensors").write_bytes(b"no")
     with pytest.raises(LapsValueError, match=r"optimizer\.safetensors cannot be read"):
         load_checkpoint(tmp_path / "last", model, optimizer)
-    (tmp_path / "last" / "state.json").write_text(json.dumps({})[:1])
-    with pytest.raises(LapsValueError, match=r"state\.json cannot be read"):
-        load_checkpoint(tmp_path / "last", model, optimizer)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a checkpoint after one step."""
+    model, optimizer = trainee(seed=0)
+    step(model, optimizer)
+    save_checkpoint(tmp_path_factory.mktemp("checkpoint") / "last", model, optimizer, {"step": 1})
+    return tmp_path_factory.getbasetemp() / "checkpoint0" / "last"
+
+
+def without(key: str) -> Callable[[Any], Any]:
+    return lambda state: {name: value for name, value in state.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: json.dumps(state)[:-9], "cannot be read (expected the state of a run, got "),
+        (lambda state: [state], "holds no JSON object (expected the state of a run, got list)"),
+        (without("progress"), "progress is broken (expected the state of a run: a dict, got nothing)"),
+        (lambda state: state | {"progress": [1]}, "progress is broken"),
+        (without("optimizer"), "optimizer is broken"),
+        (lambda state: state | {"python_random": "xyz"}, "python_random is broken"),
+        (lambda state: state | {"python_random": [1, 2]}, "is broken (expected what save_checkpoint writes"),
+        (lambda state: state | {"numpy_random": {}}, "is broken (expected what save_checkpoint writes"),
+    ],
+)
+def test_a_broken_state_is_one_line_with_its_file_and_changes_nothing(
+    change: Callable[[Any], Any], said: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copy(checkpoint, tmp_path) / "state.json"
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    refused(path, said)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda groups: groups[:1],
+        lambda groups: [{"params": group["params"]} for group in groups],
+        lambda groups: [group | {"params": group["params"][:3]} for group in groups],
+        lambda groups: [1, 2],
+    ],
+)
+def test_the_groups_of_another_optimizer_are_refused(
+    change: Callable[[Any], Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copy(checkpoint, tmp_path) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"optimizer": change(state["optimizer"])}))
+    refused(path.parent / "optimizer.safetensors", "is broken (expected what save_checkpoint writes")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("random.safetensors", lambda state: state.pop("torch")),
+        ("random.safetensors", lambda state: state.update(torch=torch.zeros(3))),
+        ("optimizer.safetensors", lambda state: state.update({"first.exp_avg": torch.zeros(3)})),
+        ("optimizer.safetensors", lambda state: state.update({"0.exp_avg": torch.zeros(3)})),
+    ],
+)
+def test_tensors_of_another_run_are_refused_with_their_file(
+    name: str, change: Callable[[dict[str, Tensor]], None], checkpoint: Path, tmp_path: Path
+) -> None:
+    path = copy(checkpoint, tmp_path) / name
+    edit(path, change)
+    refused(path, "is broken (expected what save_checkpoint writes")
+
+
+def refused(path: Path, said: str) -> None:
+    """Loading the file's folder fails in one line that names the file, and leaves the model as it was."""
+    model, optimizer = trainee(seed=1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    drawn = torch.get_rng_state()
+    with pytest.raises(LapsValueError) as caught:
+        load_checkpoint(path.parent, model, optimizer)
+    assert str(path) in str(caught.value)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert torch.equal(torch.get_rng_state(), drawn)

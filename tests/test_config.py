@@ -126,8 +126,8 @@ def test_missing_and_unknown_keys_are_named_with_the_file(tmp_path: Path) -> Non
     [
         (json.dumps({"model_type": "vit"}), "is not the config.json of a laps model"),
         (json.dumps({"laps_format": 2, **VALUES}), "is not the config.json of a laps model"),
-        ("{broken", "cannot be read .expected a JSON file"),
-        ("[1, 2]", "is no dictionary"),
+        ("{broken", "cannot be read .expected the config.json of a laps model"),
+        ("[1, 2]", "holds no JSON object"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_by_name(text: str, match: str, tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import struct
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -91,14 +96,90 @@ def test_empty_captions_are_problems_and_long_ones_are_not(tmp_path: Path) -> No
     )
     write(tmp_path, entries)
     place = f"{tmp_path / 'dataset.json'}: images[5]"
-    assert quiet(tmp_path).splits["test"].empty_captions == [place]
+    assert quiet(tmp_path).splits["test"].empty_captions == [place, place]
     report = quiet(tmp_path, tokenizer=tokenizer, max_length=6)
-    # Both the blank caption and the one that only a tokenizer sees through.
     assert report.splits["test"].empty_captions == [place, place]
     assert report.splits["test"].long_captions == [(place, 8)]
     assert "captions above 6 tokens, which get truncated: 1" in str(report)
     assert quiet(write(tmp_path, SOUND), tokenizer=tokenizer, max_length=4).ok
     assert quiet(tmp_path, tokenizer=tokenizer).max_length == 512
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", "\ufeff\u2060 \u00ad", "\u200e\u0301", "\u2800\u3164", "\x00\x07"]
+)
+def test_a_caption_in_which_nothing_is_visible_is_empty_without_a_tokenizer_too(
+    tmp_path: Path, text: str
+) -> None:
+    report = quiet(
+        write(tmp_path, [*SOUND, ("f.jpg", "test", [text, "\u200bx", "\u72ac", "\U0001f600", "?"])])
+    )
+    assert not report.ok
+    assert report.splits["test"].empty_captions == [f"{tmp_path / 'dataset.json'}: images[5]"]
+
+
+def test_a_caption_that_only_the_tokenizer_makes_empty_is_a_problem(tmp_path: Path) -> None:
+    # BERT's rules drop the replacement character.
+    write(tmp_path, [*SOUND, ("f.jpg", "test", ["\ufffd"])])
+    tokenizer = CaptionTokenizer.train(["a red square"], vocab_size=60)
+    assert quiet(tmp_path).ok
+    report = quiet(tmp_path, tokenizer=tokenizer)
+    assert not report.ok
+    assert report.splits["test"].empty_captions == [f"{tmp_path / 'dataset.json'}: images[5]"]
+
+
+def test_data_without_images_or_without_captions_is_not_ok(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"images": []}')
+    report = quiet(tmp_path)
+    assert not report.ok
+    assert str(report).startswith(f"{tmp_path}: problems found\nno images and no captions\n")
+    report = quiet(write(tmp_path, [*SOUND, ("f.jpg", "dev2", [])]))
+    assert [name for name, split in report.splits.items() if not split.ok] == ["dev2"]
+    assert not report.ok
+    assert "\ndev2: 1 images, 0 captions; per image 0 to 0, median 0\n  no captions\n" in str(report)
+    # A file without rows, beside one that has some, and by itself.
+    pairs = tmp_path / "pairs"
+    pairs.mkdir()
+    shutil.copy(tmp_path / "images" / "a.jpg", pairs)
+    (pairs / "train.csv").write_text("image,caption\na.jpg,x\n")
+    (pairs / "val.csv").write_text("image,caption\n")
+    for report in (quiet(pairs), quiet(pairs / "val.csv")):
+        assert not report.ok
+        assert "val: 0 images, 0 captions; per image 0 to 0, median 0\n  no images and no captions" in str(
+            report
+        )
+    # Empty caption files.
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "id_mapping.json").write_text("{}")
+    for name in ("train_caps.txt", "train_ids.txt"):
+        (texts / name).write_text("")
+    assert "  no images and no captions" in str(quiet(texts))
+    assert not quiet(texts).ok
+
+
+def test_caption_files_with_the_ids_of_another_split_are_a_leak_or_refused(tmp_path: Path) -> None:
+    images = write(tmp_path, SOUND) / "images"
+    (tmp_path / "dataset.json").unlink()
+    names = {str(i): path.name for i, path in enumerate(sorted(images.iterdir()))}
+    (tmp_path / "id_mapping.json").write_text(json.dumps(names))
+    for split, ids, captions in (("train", "0 1 2", 6), ("dev", "3 4", 4)):
+        (tmp_path / f"{split}_ids.txt").write_text(ids)
+        (tmp_path / f"{split}_caps.txt").write_text("".join(f"{split} {i}\n" for i in range(captions)))
+    assert quiet(tmp_path).ok
+    # The counts fit: three captions per image.
+    (tmp_path / "train_ids.txt").write_text("3 4")
+    report = quiet(tmp_path)
+    assert not report.ok
+    assert [(leak.splits, len(leak.images)) for leak in report.leaks] == [(("dev", "train"), 2)]
+    (tmp_path / "train_ids.txt").write_text("0 1 2 3")
+    with pytest.raises(
+        LapsValueError, match=r"train_ids\.txt does not fit train_caps\.txt .*4 ids and 6 captions"
+    ):
+        quiet(tmp_path)
+    (tmp_path / "train_ids.txt").write_text("0 1 9")
+    with pytest.raises(LapsValueError, match=r"train_ids\.txt:3 has the id 9, which has no image"):
+        quiet(tmp_path)
 
 
 def test_an_image_of_two_splits_is_a_leak_also_under_another_name(tmp_path: Path) -> None:
@@ -176,12 +257,23 @@ def test_the_report_is_json_and_its_text_is_short(tmp_path: Path) -> None:
     assert len(str(report).splitlines()) < 30
 
 
-def test_progress_is_shown_unless_turned_off(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_on_a_terminal_alone_and_unless_turned_off(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, SOUND)
     check(tmp_path)
-    assert "images: 100%" in capfd.readouterr().err
-    quiet(tmp_path)
     assert capfd.readouterr().err == ""
+    main_end, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with os.fdopen(terminal, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        quiet(tmp_path)
+        stream.write("now: ")
+        check(tmp_path)
+    shown = os.read(main_end, 10000).decode()
+    os.close(main_end)
+    assert shown.startswith("now: ")
+    assert "images: 100%" in shown
 
 
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
@@ -190,6 +282,8 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     write(tmp_path, SOUND)
     with pytest.raises(LapsValueError, match="max_length needs a tokenizer"):
         quiet(tmp_path, max_length=20)
+    with pytest.raises(LapsValueError, match="max_length is out of range"):
+        quiet(tmp_path, max_length=2, tokenizer=CaptionTokenizer.train(["a"], vocab_size=60))
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(LapsValueError, match=r"no image of .* was found"):
         quiet(tmp_path)

@@ -231,9 +231,11 @@ def test_skipped_images_leave_the_rest_and_warn_once(
     damaged: RetrievalData, data: RetrievalData, tokenizer: CaptionTokenizer
 ) -> None:
     dataset = CaptionDataset(damaged, tokenizer, TRANSFORM, on_error="skip")
+    assert dataset.skipped_images == []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         kept = batches(dataset) + batches(dataset)
+    assert dataset.skipped_images == [damaged.image_paths[1], damaged.image_paths[4]]
     assert sorted(str(damaged.image_paths[i]) in str(w.message) for i in (1, 4) for w in caught) == [
         False, False, True, True
     ]  # fmt: skip
@@ -253,6 +255,7 @@ def test_workers_together_warn_once_per_path(
     dataset = CaptionDataset(damaged, tokenizer, TRANSFORM, on_error="skip")
     for _ in range(2):
         assert sum(len(batch) for batch in batches(dataset, num_workers=2)) == 5
+    assert dataset.skipped_images == [damaged.image_paths[1], damaged.image_paths[4]]
     shown = capfd.readouterr().err
     assert [shown.count(f"skipped: open_image: {damaged.image_paths[i]}") for i in (1, 4)] == [1, 1]
     assert "tokenizers" not in shown
@@ -281,6 +284,20 @@ def test_a_caption_without_tokens_is_named(data: RetrievalData, tokenizer: Capti
     for train in (True, False):
         with pytest.raises(LapsValueError, match=r"caption 0 of mine/train: .* has no token"):
             CaptionDataset(blank, tokenizer, TRANSFORM, train=train)[0]
+
+
+def test_a_caption_without_tokens_is_skipped_with_one_warning_if_asked(
+    data: RetrievalData, tokenizer: CaptionTokenizer
+) -> None:
+    blank = RetrievalData(data.image_paths, ["\u200b", *data.captions[1:]], data.caption_to_image, data.name)
+    dataset = CaptionDataset(blank, tokenizer, TRANSFORM, on_error="skip")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        kept = batches(dataset) + batches(dataset)
+    assert [batch.caption_ids.tolist() for batch in kept[:3]] == [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert len(caught) == 1
+    assert "skipped: CaptionDataset: caption 0 of mine/train" in str(caught[0].message)
+    assert dataset.skipped_images == []
 
 
 def test_wrong_arguments_are_refused(data: RetrievalData, tokenizer: CaptionTokenizer) -> None:

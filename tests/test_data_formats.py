@@ -264,7 +264,7 @@ def test_absolute_image_paths_are_taken_as_they_are(tmp_path: Path) -> None:
         (karpathy([("a.jpg", "test", [" "])]), ("images[0]", "empty caption")),
         (karpathy([*ROWS, ("b.jpg", "test", ["dogs"])]), ("mixed up", "train", "test", "b.jpg")),
         ({"images": [{"filename": "a.jpg", "split": "test", "sentences": ["a"]}]}, ("images[0]", "'raw'")),
-        ({"images": []}, ("no split 'test'",)),
+        ({"images": []}, ("lists no image",)),
     ],
 )
 def test_a_broken_karpathy_file_is_refused(tmp_path: Path, content: Any, parts: tuple[str, ...]) -> None:
@@ -286,8 +286,40 @@ def test_broken_caption_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "id_mapping.json").write_text('{"1": "a.jpg", "2": "b.jpg"}')
     write_caption_files(tmp_path, "test", ["1", "2"], ["a", " "])
     refused(lambda: load(tmp_path, "test"), "test_caps.txt:2 has an empty caption")
+    write_caption_files(tmp_path, "test", ["1"], [])
+    (tmp_path / "test_caps.txt").write_text("")
+    refused(lambda: load(tmp_path, "test"), "1 ids and 0 captions")
     (tmp_path / "test_ids.txt").unlink()
     refused(lambda: load(tmp_path, "test"), "test_ids.txt cannot be read")
+
+
+def test_ids_of_another_split_are_refused_also_where_their_number_divides_that_of_the_captions(
+    tmp_path: Path,
+) -> None:
+    write_images(tmp_path)
+    (tmp_path / "id_mapping.json").write_text('{"1": "a.jpg", "2": "b.jpg"}')
+    # One id per caption, of a split with half as many captions.
+    write_caption_files(tmp_path, "test", ["1", "2", "01"], [f"caption {i}" for i in range(6)])
+    refused(lambda: load(tmp_path, "test"), "test_ids.txt", "test_caps.txt", "line 3 repeats the id 01")
+
+
+@pytest.mark.parametrize("again", ["./a.jpg", ".//a.jpg", "x/../a.jpg"])
+def test_another_spelling_of_a_path_is_the_same_image(tmp_path: Path, again: str) -> None:
+    write_images(tmp_path)
+    rows = [{"image": "a.jpg", "caption": "a cat"}, {"image": again, "caption": "a black cat"}]
+    data = read_pairs(write_pairs(tmp_path / "test.csv", rows), "test")
+    assert (names(data), data.caption_to_image.tolist()) == (["a.jpg"], [0, 0])
+
+
+def test_what_is_missing_or_empty_is_kept_if_asked(tmp_path: Path) -> None:
+    write_images(tmp_path, ["a.jpg"])
+    rows = [{"image": "a.jpg", "caption": "\u200b"}, {"image": "b.jpg", "caption": "a cat"}]
+    file = write_pairs(tmp_path / "test.csv", rows)
+    data = load(file, "test", on_missing="keep", on_empty="keep")
+    assert (names(data), data.captions) == (["a.jpg", "b.jpg"], ["\u200b", "a cat"])
+    refused(lambda: load(file, "test", on_missing="keep"), f"{file}:2 has an empty caption")
+    refused(lambda: load(file, "test", on_empty="keep"), "b.jpg, which is missing")
+    refused(lambda: load(file, "test", on_empty="skip"), "on_empty is unknown")
 
 
 @pytest.mark.parametrize(
@@ -299,8 +331,10 @@ def test_broken_caption_files_are_refused(tmp_path: Path) -> None:
         ("p.csv", 'image,caption\na.jpg,"x\n', (":2 is malformed",)),
         ("p.csv", "image,caption\na.jpg,x\n\n,y\n", (":4", "'image'")),
         ("p.csv", "image,caption\na.jpg, \n", (":2 has an empty caption",)),
-        ("p.csv", "image,caption\n", ("no rows",)),
-        ("p.csv", "", ("no rows",)),
+        ("p.csv", "image,caption\n", ("lists no image",)),
+        ("p.csv", "", ("lists no image",)),
+        ("p.csv", "image,caption\na.jpg,\u200b \u2060\n", (":2 has an empty caption",)),
+        ("p.csv", "image,caption,split\na.jpg,x,all\n./a.jpg,x,test\n", ("mixed up", "a.jpg")),
         ("p.csv", "image,caption,split\na.jpg,x,\n", (":2", "'split'")),
         ("p.csv", "image,caption,split\na.jpg,x,all\na.jpg,x,test\n", ("mixed up", "a.jpg")),
         ("p.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": \n', (":2 is malformed",)),

@@ -288,20 +288,28 @@ def test_half_precision_checkpoints_are_trained_in_float32(tmp_path: Path) -> No
 
 
 def test_weights_that_the_checkpoint_lacks_or_has_in_another_shape_are_named(tmp_path: Path) -> None:
-    vision_model("vit").save_pretrained(tmp_path)
+    # transformers calls the first "layers.0.attention.q_proj.weight".
+    names = "encoder.layer.0.attention.attention.query.weight", "layernorm.weight", "embeddings.cls_token"
+    classifier = transformers.ViTForImageClassification(vision_model("vit").config)
+    for model, prefix, more in ((vision_model("vit"), "", ""), (classifier, "vit.", "classifier.")):
+        folder = tmp_path / (more or "plain")
+        model.save_pretrained(folder)
+        query, norm, token = (prefix + name for name in names)
 
-    def spoil(state: dict[str, Tensor]) -> None:
-        del state["layernorm.weight"]
-        state["embeddings.cls_token"] = torch.zeros(1, 1, 33)
+        def spoil(state: dict[str, Tensor], query: str = query, norm: str = norm, token: str = token) -> None:
+            state[query + "_old"] = state.pop(query)
+            del state[norm]
+            state[token] = torch.zeros(1, 1, 33)
 
-    edit_weights(tmp_path, spoil)
-    with pytest.raises(LapsValueError) as caught:
-        ImageEncoder.from_pretrained(tmp_path)
-    message = str(caught.value)
-    assert f"{tmp_path} does not fit the model" in message
-    assert "missing: layernorm.weight" in message
-    assert "of another shape: " in message
-    assert "embeddings.cls_token" in message
+        edit_weights(folder, spoil)
+        with pytest.raises(LapsValueError) as caught:
+            ImageEncoder.from_pretrained(folder)
+        surplus = [f"{more}bias", f"{more}weight"] if more else []
+        assert str(caught.value) == (
+            f"weights: {folder / 'model.safetensors'} does not fit the model (expected its keys, got "
+            f"missing: {query}, {norm}; unexpected: {', '.join([*surplus, query + '_old'])}; "
+            f"of another shape: {token} (1, 1, 33), not (1, 1, 32))"
+        )
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused_by_name(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from laps import LapsValueError, _files
-from laps._files import atomic_folder, atomic_path, recover_folder, write_atomically
+from laps._files import atomic_folder, atomic_path, recover_folder, require_writable, write_atomically
 
 # Twenty times: a process writes versions 0, 1, 2, ... without end and is killed; what it leaves must be
 # whole. A version is a megabyte that repeats one byte, and a folder has two of them.
@@ -185,6 +185,26 @@ def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path: Path) 
         raise AssertionError
     write_atomically("/dev/null", "nowhere")
     assert Path("/dev/null").is_char_device()
+
+
+def test_a_place_that_can_be_written_to_is_left_as_it_is(tmp_path: Path) -> None:
+    old, new = tmp_path / "old.json", tmp_path / "folder" / "new.json"
+    old.write_text("old")
+    for path in (old, new, Path("/dev/null"), Path("/dev/stdout")):
+        require_writable(path)
+
+    assert old.read_text() == "old"
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", old]
+
+
+def test_a_place_that_cannot_be_written_to_is_named_as_it_would_be_later(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.json", Path("/proc/no/a.json"), tmp_path):
+        with pytest.raises((OSError, LapsValueError)) as caught:
+            require_writable(path)
+        with pytest.raises((OSError, LapsValueError)) as later:
+            write_atomically(path, "")
+        assert str(caught.value) == str(later.value)
 
 
 def test_standard_output_in_a_file_keeps_what_was_printed(tmp_path: Path) -> None:

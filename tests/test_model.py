@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import laps
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -196,6 +197,35 @@ def test_a_part_of_the_captions_keeps_its_words_and_no_more_padding_than_it_need
     joined = TextFeatures.cat([part, texts[1:]])
     assert joined.spans == texts.spans
     assert torch.equal(joined.lengths, texts.lengths)
+
+
+@pytest.mark.parametrize("variant", VARIANTS[:1] + VARIANTS[-1:], ids=str)
+def test_an_integer_chooses_features_of_one_item_that_score_as_before(variant: Variant) -> None:
+    model = build(variant)
+    images, texts = encode(model)
+    scores = model.similarity(images, texts)
+    for number in (1, -2, np.int64(1), torch.tensor(1)):
+        one = model.similarity(images[number], texts[number])
+        assert one.shape == (1, 1)
+        torch.testing.assert_close(one[0, 0], scores[number, number], rtol=0, atol=1e-6)
+    assert [len(text) for text in texts] == [1] * 4
+    again = model.similarity(ImageFeatures.cat(list(images)), TextFeatures.cat(list(texts)))
+    torch.testing.assert_close(again, scores, rtol=0, atol=1e-6)
+    for some in ([2, 0], np.array([2, 0])):
+        chosen = model.similarity(images[some], texts[some])
+        torch.testing.assert_close(chosen, scores[[2, 0]][:, [2, 0]], rtol=0, atol=1e-6)
+    assert (len(images[[]]), len(texts[[]])) == (0, 0)
+
+
+def test_what_is_no_index_of_features_is_refused(model: laps.LAPS) -> None:
+    images, texts = encode(model)
+    for features, name in ((images, "ImageFeatures"), (texts, "TextFeatures")):
+        for index in ((0, 1), 1.5, None, "first", True, [0.5], [[0, 1]], torch.tensor(True), ...):
+            with pytest.raises(LapsTypeError, match=f"{name}: the index chooses no items"):
+                features[index]  # type: ignore[index]
+        for number in (len(features), -len(features) - 1):
+            with pytest.raises(IndexError, match=f"{name}: index out of range .*got {number}"):
+                features[number]
 
 
 def test_features_in_half_precision_score_within_its_error(model: laps.LAPS) -> None:

@@ -105,7 +105,13 @@ def test_an_objective_built_from_its_own_options_is_the_same(options: dict[str, 
     [
         ({"name": "contrastive"}, "hinge.*triplet.*info_nce.*contrastive"),
         ({"margin": -0.1}, "margin"),
-        ({"temperature": 0.0}, "temperature"),
+        ({"name": "info_nce", "temperature": 0.0}, "temperature"),
+        (
+            {"name": "info_nce", "margin": 0.2},
+            '"info_nce" has no margin .expected another loss, or no margin, got 0.2',
+        ),
+        ({"temperature": 0.07}, '"hinge" has no temperature'),
+        ({"name": "triplet", "temperature": 0.07}, '"triplet" has no temperature'),
         ({"ratio_weight": -1.0}, "ratio_weight"),
     ],
 )

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,7 @@ from typing import Any
 import laps
 import pytest
 import torch
-from _models import SIZE, clip_tokenizer, scenes, text_model, tiny_laps
+from _models import ENVIRONMENT, SIZE, clip_tokenizer, scenes, text_model, tiny_laps
 from laps import LapsValueError
 from laps.data import CaptionDataset, CaptionTokenizer, RetrievalData
 from laps.data.sampler import EpochSampler
@@ -374,6 +378,104 @@ def test_a_logger_that_is_not_installed_is_named(model: laps.LAPS, data: Data, t
     pytest.skip("wandb and trackio are installed")
 
 
+# Trains until it is killed, with a loader's worker; says when the first checkpoint is there.
+ENDLESS = """
+import sys
+from pathlib import Path
+from _models import tiny_laps
+from laps.data import CaptionTokenizer, load
+from laps.train import TrainConfig, Trainer
+
+folder, scenes = Path(sys.argv[1]), Path(sys.argv[2])
+model = tiny_laps(tokenizer=CaptionTokenizer.from_file(scenes / "tokenizer.json"))
+options = dict(epochs=10**6, batch_size=8, save_every=1, num_workers=1, device="cpu", progress=False)
+Trainer(model, load(scenes, "train"), None, folder, TrainConfig(**options)).fit()
+"""
+
+
+def test_two_runs_at_once_in_a_folder_are_refused_and_a_killed_one_is_resumed_at_once(
+    model: laps.LAPS, data: Data, tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    folder, drawn = tmp_path / "run", data[0].image_paths[0].parent.parent
+    tokenizer.save(drawn / "tokenizer.json")
+    options = OPTIONS | {"epochs": 10**6, "num_workers": 1, "save_every": 1}
+    trainer = Trainer(model, data[0], None, folder, TrainConfig(**options))
+    command = [sys.executable, "-c", ENDLESS, str(folder), str(drawn)]
+    with subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True) as process:
+        while not (folder / "last" / "state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        owner = f"process {process.pid} on {socket.gethostname()}"
+        expected = f"Trainer: {folder} is in use (expected one run at a time in a folder, got {owner})"
+        for resume in (False, True):
+            with pytest.raises(LapsValueError) as caught:
+                trainer.fit(resume=resume)
+            assert str(caught.value) == expected
+        # Its worker lives on for seconds, and holds nothing.
+        process.kill()
+        process.wait()
+
+    class OnceError(Exception):
+        """Raised by the first step."""
+
+    def forward(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        raise OnceError
+
+    with model.head.register_forward_pre_hook(forward), pytest.raises(OnceError):
+        trainer.fit(resume=True)
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epoch", "1"),
+        ("step", 1.5),
+        ("batch", True),
+        ("loss_sum", None),
+        ("history", [{"loss": 1.0}]),
+        ("history", {}),
+        ("speed", 3),
+    ],
+)
+def test_progress_that_makes_no_sense_is_named_with_its_file(
+    key: str, value: object, model: laps.LAPS, data: Data, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    path = folder / "last" / "state.json"
+    state = json.loads(path.read_text())
+    trainer = Trainer(model, data[0], None, folder, TrainConfig(**OPTIONS | {"epochs": 1}))
+    for progress, got in ((state["progress"] | {key: value}, repr(value)), ({}, "nothing")):
+        path.write_text(json.dumps(state | {"progress": progress}))
+        with pytest.raises(LapsValueError) as caught:
+            trainer.fit(resume=True)
+        assert str(caught.value).startswith(f"Trainer: {path}: progress.")
+        assert str(caught.value).endswith(f"is broken (expected what a run writes, got {got})")
+        assert key in str(caught.value) or not progress
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3", "null"])
+def test_broken_options_of_a_run_are_named(
+    content: str, model: laps.LAPS, data: Data, finished: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    (folder / "config.json").write_text(content)
+    trainer = Trainer(model, data[0], None, folder, TrainConfig(**OPTIONS | {"epochs": 1}))
+    with pytest.raises(LapsValueError) as caught:
+        trainer.fit(resume=True)
+    assert str(folder / "config.json") in str(caught.value)
+    assert "expected the options of the run, got" in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def finished(data: Data, tokenizer: CaptionTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of one epoch."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = TrainConfig(**OPTIONS | {"epochs": 1})
+    Trainer(tiny_laps(tokenizer=tokenizer), data[0], None, folder, config).fit()
+    return folder
+
+
 # ---- what a run leaves alone, and what it leaves behind
 
 
@@ -408,8 +510,8 @@ def test_the_checkpoint_at_the_end_of_an_epoch_comes_before_its_evaluation(
     images.mkdir()
     copies = [shutil.copy(path, images) for path in data[1].image_paths]
     dev = replace(data[1], image_paths=[Path(path) for path in copies])
-    (images / data[1].image_paths[-1].name).unlink()
     trainer = Trainer(model, data[0], dev, tmp_path / "run", TrainConfig(**OPTIONS | {"epochs": 1}))
+    (images / data[1].image_paths[-1].name).unlink()
     with pytest.raises(LapsValueError, match=data[1].image_paths[-1].name):
         trainer.fit()
     shutil.copy(data[1].image_paths[-1], images)

@@ -19,7 +19,7 @@ from pathlib import Path
 from . import _check
 from .errors import LapsValueError
 
-__all__ = ["atomic_folder", "atomic_path", "recover_folder", "write_atomically"]
+__all__ = ["atomic_folder", "atomic_path", "recover_folder", "require_writable", "write_atomically"]
 
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
@@ -52,6 +52,21 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | str) -> Path:
     return Path(path)
 
 
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Find out now whether :func:`write_atomically` could write to `path`: a file beside it comes and goes.
+
+    Missing parent folders are made, as they would be then.
+
+    Raises:
+        OSError, LapsValueError: what writing would raise.
+    """
+    if _is_stream(path):
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    else:
+        with _temporary(_target(path), path, folder=False):
+            pass
+
+
 def _is_stream(path: str | os.PathLike[str]) -> bool:
     """Whether something other than a regular file or a folder is there: to replace it would destroy it."""
     # /dev/stdout may lead to a regular file, which others are writing to.
@@ -70,9 +85,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         OSError: as the block raises it; where it names no file or the temporary one, it names `path` instead.
         LapsValueError: `path` is a folder, a device or a pipe, or the block left no file.
     """
-    target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise LapsValueError(_check.message("atomic_path", f"{path} is a folder", "a file's path"))
+    target = _target(path)
     if _is_stream(path):
         raise LapsValueError(_check.message("atomic_path", f"{path} is no regular file", "a file's path"))
     with _temporary(target, path, folder=False) as temporary:
@@ -84,6 +97,14 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, target)
     _sync(target.parent)
+
+
+def _target(path: str | os.PathLike[str]) -> Path:
+    """The file itself, where `path` is a symbolic link. Raises LapsValueError for a folder."""
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise LapsValueError(_check.message("atomic_path", f"{path} is a folder", "a file's path"))
+    return target
 
 
 @contextlib.contextmanager

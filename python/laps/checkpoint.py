@@ -6,8 +6,10 @@ whole or not at all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,9 @@ from torch import Tensor, nn
 
 from . import _check
 from ._files import atomic_folder, recover_folder
+from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
-from .encoders.keys import check_keys
+from .encoders.keys import check_weights
 from .errors import LapsValueError
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
@@ -72,28 +75,52 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         raise LapsValueError(
             _check.message("load_checkpoint", f"{folder} holds no checkpoint", "a folder with state.json")
         )
-    try:
-        state = json.loads((folder / STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise LapsValueError(
-            _check.message("load_checkpoint", f"{folder / STATE} cannot be read", "a JSON file", error)
-        ) from None
+    state = _read_state(folder / STATE)
     weights, moments, randoms = (
         load_tensors("load_checkpoint", folder / name) for name in (MODEL, OPTIMIZER, RANDOM)
     )
-    own = model.state_dict()
-    shared = own.keys() & weights.keys()
-    check_keys(
-        str(folder / MODEL),
-        missing=sorted(own.keys() - weights.keys()),
-        unexpected=sorted(weights.keys() - own.keys()),
-        mismatched=sorted(name for name in shared if own[name].shape != weights[name].shape),
-    )
+    # All that can be checked is, before anything is changed.
+    check_weights(str(folder / MODEL), own=model.state_dict(), given=weights)
+    with _naming(folder / STATE):
+        generators = _generators(state)
+    with _naming(folder / RANDOM):
+        torch.Generator().set_state(randoms["torch"])
+    with _naming(folder / OPTIMIZER):
+        restored = _unflatten(moments, state["optimizer"])
+        _check_moments(restored, optimizer)
+        optimizer.load_state_dict(restored)
     model.load_state_dict(weights)
-    optimizer.load_state_dict(_unflatten(moments, state["optimizer"]))
-    _restore_random(state, randoms)
+    _restore_random(*generators, randoms)
     progress: dict[str, Any] = state["progress"]
     return progress
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """The JSON part of a checkpoint, with everything in it that there should be."""
+    expected = "the state of a run"
+    state = read_object("load_checkpoint", path, expected)
+    kinds = {"progress": dict, "optimizer": list, "python_random": list, "numpy_random": dict}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            got = _check.name_of(state[name]) if name in state else "nothing"
+            raise LapsValueError(
+                _check.message(
+                    "load_checkpoint", f"{path}: {name} is broken", f"{expected}: a {kind.__name__}", got
+                )
+            )
+    return state
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file whose content was refused."""
+    try:
+        yield
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise LapsValueError(
+            _check.message("load_checkpoint", f"{path} is broken", "what save_checkpoint writes", reason)
+        ) from error
 
 
 # ---- the optimizer: {parameter: {name: tensor}} and its groups
@@ -116,6 +143,19 @@ def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict
     return {"state": states, "param_groups": groups}
 
 
+def _check_moments(restored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what the optimizer would take and fail with at its next step. Raises ValueError."""
+    for group, own in zip(restored["param_groups"], optimizer.param_groups, strict=True):
+        absent = sorted(own.keys() - group.keys())
+        if absent:
+            raise ValueError(f"a group of parameters lacks {', '.join(absent)}")
+        for number, parameter in zip(group["params"], own["params"], strict=True):
+            for name, tensor in restored["state"].get(number, {}).items():
+                if tensor.dim() and tensor.shape != parameter.shape:
+                    shapes = f"{tuple(tensor.shape)}, not {tuple(parameter.shape)}"
+                    raise ValueError(f"{name} of parameter {number} has shape {shapes}")
+
+
 # ---- random states
 
 
@@ -126,10 +166,18 @@ def _random_tensors() -> dict[str, Tensor]:
     return states
 
 
-def _restore_random(state: dict[str, Any], randoms: dict[str, Tensor]) -> None:
+def _generators(state: dict[str, Any]) -> tuple[random.Random, np.random.RandomState]:
+    """Generators of Python and NumPy in the states that were kept. Raises what they raise for broken ones."""
+    own, numpys = random.Random(), np.random.RandomState()
+    own.setstate((3, tuple(state["python_random"]), None))
+    numpys.set_state(state["numpy_random"])
+    return own, numpys
+
+
+def _restore_random(own: random.Random, numpys: np.random.RandomState, randoms: dict[str, Tensor]) -> None:
     torch.set_rng_state(randoms["torch"])
     for i in range(torch.cuda.device_count()):
         if f"cuda.{i}" in randoms:
             torch.cuda.set_rng_state(randoms[f"cuda.{i}"], i)
-    random.setstate((3, tuple(state["python_random"]), None))
-    np.random.set_state(state["numpy_random"])
+    random.setstate(own.getstate())
+    np.random.set_state(numpys.get_state(legacy=False))

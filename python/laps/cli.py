@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +16,7 @@ from . import __version__, _check
 from .errors import LapsError, LapsValueError
 
 if TYPE_CHECKING:
+    from .data import RetrievalData
     from .model import LAPS
 
 __all__ = ["main"]
@@ -29,13 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 where a check found faults; 2 for an error, of which standard error has one line; 128 + n where
     signal n ended the work: 130 for Ctrl-C, 143 for SIGTERM, 141 for a reader that went away.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    command: Callable[[argparse.Namespace], int] | None = getattr(options, "command", None)
-    if command is None:
-        parser.print_help()
-        return 2
     try:
+        parser = _parser()
+        options = parser.parse_args(arguments)
+        command: Callable[[argparse.Namespace], int] | None = getattr(options, "command", None)
+        if command is None:
+            parser.print_help()
+            return 2
         status = command(options)
         sys.stdout.flush()
         return status
@@ -63,40 +64,57 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ._train_options import FROM_PRESET
     from .config import PRESETS
-    from .data import load
     from .train import Trainer
     from .train_config import TrainConfig
 
     chosen = {f.name: getattr(options, f.name) for f in fields(TrainConfig) if hasattr(options, f.name)}
     if options.model is None:
         preset = PRESETS[options.preset or DEFAULT_PRESET]
-        recipe = {
-            "learning_rate": preset.learning_rate,
-            "backbone_lr_ratio": preset.backbone_lr_ratio,
-            "batch_size": preset.batch_size,
-        }
-        chosen = recipe | chosen
+        chosen = {name: getattr(preset, name) for name in FROM_PRESET} | chosen
     # What can be wrong is looked at before the weights are read, which takes long.
     config = TrainConfig(**chosen)
-    data = load(options.data, options.train_split, images=options.images)
-    dev = (
-        None if options.dev_split == "none" else load(options.data, options.dev_split, images=options.images)
-    )
+    data, dev = _train_and_dev(options, config.on_error)
     trainer = Trainer(_model_to_train(options, config.seed), data, dev, options.out, config)
     if options.resume and not (options.out / "last").exists():
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
+    skipped = len(trainer.dataset.skipped_images)
+    if skipped:
+        print(f"laps: skipped {skipped} of {trainer.train_data.num_images} training images", file=sys.stderr)
     best = max(history, key=lambda entry: entry.get("rsum", entry["epoch"]))
     dev_text = f", dev rSum {best['rsum']:.1f}" if "rsum" in best else ""
     print(f"best epoch {best['epoch'] + 1} of {len(history)}{dev_text}: {Path(options.out) / 'best'}")
     return 0
 
 
+def _train_and_dev(options: argparse.Namespace, on_error: str) -> tuple[RetrievalData, RetrievalData | None]:
+    """Both splits, with nothing left out yet; refused if they share images, as the dev recall would lie."""
+    from .data import load
+
+    keep = "keep" if on_error == "skip" else "raise"
+    names = [options.train_split] + ([] if options.dev_split == "none" else [options.dev_split])
+    data, *others = [
+        load(options.data, name, images=options.images, on_missing=keep, on_empty=keep) for name in names
+    ]
+    sets = [{os.path.abspath(path) for path in part.image_paths} for part in (data, *others)]
+    shared = sorted(set.intersection(*sets)) if others else []
+    if shared:
+        raise LapsValueError(
+            _check.message(
+                "laps train",
+                f"--train-split {options.train_split} and --dev-split {options.dev_split} share images",
+                "splits without common images, or --dev-split none",
+                f"{len(shared)} in both, {shared[0]} for example",
+            )
+        )
+    return data, others[0] if others else None
+
+
 def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
     import torch
 
-    from .heads import head_names
     from .model import LAPS
 
     new = ("image_checkpoint", "text_checkpoint", "head", "head_option", "loss", "margin")
@@ -109,7 +127,6 @@ def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
                 )
             )
         return LAPS.from_pretrained(options.model)
-    head = _check.choice("laps train", "--head", options.head or "laps", head_names())
     loss = {
         name: value
         for name, value in (("name", options.loss), ("margin", options.margin))
@@ -120,7 +137,7 @@ def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
         options.preset or DEFAULT_PRESET,
         image_checkpoint=options.image_checkpoint,
         text_checkpoint=options.text_checkpoint,
-        head=head,
+        head=options.head or "laps",
         head_options=dict(_name_and_value(pair) for pair in options.head_option or ()),
         loss=loss,
     )
@@ -130,10 +147,15 @@ def _eval(options: argparse.Namespace) -> int:
     import torch
 
     from ._device import choose_device
+    from ._files import require_writable
     from .data import load
     from .evaluation import evaluate
     from .model import LAPS
 
+    # What can be wrong is looked at before the model is loaded and the data scored, which takes long.
+    for path in (options.json, options.csv):
+        if path is not None:
+            require_writable(path)
     device = choose_device("laps eval", options.device)
     model = LAPS.from_pretrained(options.model).to(device)
     data = load(options.data, options.split, images=options.images)
@@ -158,9 +180,18 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from .data import check
+    from .data import CaptionTokenizer, check
 
-    report = check(options.path, images=options.images)
+    tokenizer = None
+    if options.tokenizer is not None:
+        is_file = Path(options.tokenizer).is_file()
+        read = CaptionTokenizer.from_file if is_file else CaptionTokenizer.from_pretrained
+        tokenizer = read(options.tokenizer)
+    elif options.max_length is not None:
+        raise LapsValueError(
+            _check.message("laps data check", "--max-length counts tokens", "a --tokenizer too")
+        )
+    report = check(options.path, images=options.images, tokenizer=tokenizer, max_length=options.max_length)
     print(json.dumps(report.to_dict(), indent=1) if options.json else report)
     return 0 if report.ok else 1
 
@@ -197,14 +228,6 @@ def _info(options: argparse.Namespace) -> int:
 # ---- arguments
 
 
-def _float_or_none(text: str) -> float | None:
-    return None if text == "none" else float(text)
-
-
-# Of the options of training whose default does not tell.
-TYPES: dict[str, Callable[[str], Any]] = {"device": str, "augment": float, "clip_norm": _float_or_none}
-
-
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line: the usage of `laps train` fills a screen."""
 
@@ -231,6 +254,14 @@ def _parser() -> argparse.ArgumentParser:
     check = data_commands.add_parser("check", help="missing images, empty captions, split leaks, counts")
     check.add_argument("path", type=Path, help="a file or folder of captions")
     check.add_argument("--images", type=Path, help="folder of the images")
+    check.add_argument(
+        "--tokenizer",
+        metavar="PATH_OR_ID",
+        help="a tokenizer.json, a folder or a hub id: also find captions that are too long or without tokens",
+    )
+    check.add_argument(
+        "--max-length", type=int, metavar="N", help="the most tokens of a caption (default: the tokenizer's)"
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(command=_data_check)
     scenes = data_commands.add_parser("make-scenes", help="drawn scenes with captions, in Karpathy's format")
@@ -251,72 +282,70 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
+    from ._train_options import add_train_options
     from .config import PRESETS
-    from .objective import NAMES
+    from .heads import head_names
+    from .objective import MARGIN, NAMES
 
     parser.add_argument("data", type=Path, help="a file or folder of captions with its splits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
         "--images", type=Path, help="folder of the images, where it is not beside the captions"
     )
-    parser.add_argument("--train-split", default="train")
-    parser.add_argument("--dev-split", default="dev", help='chooses the best epoch; "none" for the last one')
+    parser.add_argument(
+        "--train-split", default="train", metavar="NAME", help="what to learn from (default: train)"
+    )
+    parser.add_argument(
+        "--dev-split",
+        default="dev",
+        metavar="NAME",
+        help='chooses the best epoch; "none" for the last one (default: dev)',
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     start = parser.add_mutually_exclusive_group()
-    start.add_argument("--preset", choices=sorted(PRESETS), help=f"default: {DEFAULT_PRESET}")
+    start.add_argument(
+        "--preset", choices=sorted(PRESETS), help=f"model and recipe of the paper (default: {DEFAULT_PRESET})"
+    )
     start.add_argument("--model", help="start from this saved model instead: a folder or hub id")
     parser.add_argument(
         "--image-checkpoint", help="a folder or hub id in place of the preset's image encoder"
     )
     parser.add_argument("--text-checkpoint", help="a folder or hub id in place of the preset's text encoder")
-    parser.add_argument("--head", help="default: laps; see: laps heads list")
+    parser.add_argument("--head", choices=head_names(), help="how pairs are scored (default: laps)")
     parser.add_argument(
-        "--head-option", action="append", metavar="NAME=VALUE", help="repeatable, VALUE in JSON"
+        "--head-option",
+        action="append",
+        metavar="NAME=VALUE",
+        help="an argument of the head, repeatable, VALUE in JSON (default: the preset's ratios)",
     )
-    parser.add_argument("--loss", choices=NAMES, help="default: hinge")
-    parser.add_argument("--margin", type=float, help="default: 0.2")
-    _add_train_config(parser.add_argument_group("recipe", "defaults: the published recipe"))
+    parser.add_argument("--loss", choices=NAMES, help="what scores are trained with (default: hinge)")
+    parser.add_argument("--margin", type=float, metavar="X", help=f"of hinge and triplet (default: {MARGIN})")
+    add_train_options(parser.add_argument_group("recipe", "the defaults are the published recipe"))
     parser.set_defaults(command=_train)
-
-
-def _add_train_config(group: argparse._ArgumentGroup) -> None:
-    """One option for each field of TrainConfig; one that is not given is not set."""
-    from .train_config import TrainConfig
-
-    for field in fields(TrainConfig):
-        assert field.default is not MISSING
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        common: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": field.name}
-        if isinstance(default, bool):
-            group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
-        elif isinstance(default, tuple):
-            item = str if field.name == "loggers" else int
-            group.add_argument(flag, nargs="*", type=item, help=f"default: {list(default)}", **common)
-        else:
-            kind = TYPES.get(field.name, type(default))
-            text = {
-                "device": "cuda if there is one",
-                "augment": "0.2, or 0 for CLIP, which has no mask token",
-            }
-            group.add_argument(flag, type=kind, help=f"default: {text.get(field.name, default)}", **common)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a saved model: a folder or hub id")
     parser.add_argument("data", type=Path, help="a file or folder of captions")
-    parser.add_argument("--split", default="test")
+    parser.add_argument("--split", default="test", metavar="NAME", help="what to evaluate on (default: test)")
     parser.add_argument(
         "--images", type=Path, help="folder of the images, where it is not beside the captions"
     )
-    parser.add_argument("--folds", type=int, help="5 for COCO 1K: the mean over five folds")
+    parser.add_argument(
+        "--folds", type=int, metavar="N", help="also the mean over N folds of the images; 5 for COCO 1K"
+    )
     parser.add_argument("--rerank", type=int, metavar="K", help="also the two-stage form with K candidates")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=4)
-    parser.add_argument("--device")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, metavar="N", help="images or captions at once (default: 64)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=4, metavar="N", help="processes that load images (default: 4)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in the encoders")
     parser.add_argument("--half-features", action="store_true", help="hold features in float16")
-    parser.add_argument("--json", type=Path, help="also write the result here")
-    parser.add_argument("--csv", type=Path, help="also write the result here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(command=_eval)
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from . import _check
 from ._files import write_atomically
-from .errors import LapsTypeError, LapsValueError
+from ._json_files import read_object
+from .errors import LapsError, LapsTypeError, LapsValueError
 
 __all__ = ["PRESETS", "LAPSConfig", "Preset"]
 
@@ -37,6 +38,9 @@ class LAPSConfig:
         head: name of the similarity head; see :func:`laps.heads.head_names`.
         head_options: keyword arguments of the head.
         loss: keyword arguments of :class:`laps.objective.Objective`.
+
+    Raises:
+        LapsValueError, LapsTypeError: a value of the wrong type or out of range.
     """
 
     image_encoder: dict[str, Any]
@@ -51,6 +55,26 @@ class LAPSConfig:
     head_options: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        operation = "LAPSConfig"
+        for name in ("embed_dim", "num_patches", "image_size"):
+            _check.count(operation, name, getattr(self, name))
+        _check.count(operation, "num_prefix_tokens", self.num_prefix_tokens, 0)
+        for name in ("image_projection", "text_projection"):
+            _check.flag(operation, name, getattr(self, name))
+        for name, kind in (
+            ("image_encoder", Mapping),
+            ("text_encoder", Mapping),
+            ("head", str),
+            ("head_options", Mapping),
+            ("loss", Mapping),
+        ):
+            value, expected = getattr(self, name), "str" if kind is str else "a dictionary"
+            if not isinstance(value, kind):
+                raise LapsTypeError(
+                    _check.message(operation, f"{name} has the wrong type", expected, _check.name_of(value))
+                )
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON can hold it, with the version of the format."""
         return {"laps_format": FORMAT, **asdict(self)}
@@ -60,7 +84,8 @@ class LAPSConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            LapsValueError: another format, or missing or unknown keys (named). LapsTypeError: no dictionary.
+            LapsValueError: another format, missing or unknown keys (named), or a value out of range.
+            LapsTypeError: no dictionary, or a value of the wrong type.
         """
         if not isinstance(values, Mapping):
             raise LapsTypeError(
@@ -90,7 +115,10 @@ class LAPSConfig:
                     f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}",
                 )
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except LapsError as error:
+            raise type(error)(f"{source}: {error}") from None
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file, in one piece or not at all."""
@@ -98,18 +126,12 @@ class LAPSConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> LAPSConfig:
-        """Read the JSON file. Raises LapsValueError with its name when it is missing, broken or another's."""
-        path = Path(path)
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise LapsValueError(
-                _check.message("LAPSConfig", f"{path} does not exist", "the config.json of a laps model")
-            ) from None
-        except (ValueError, OSError) as error:
-            raise LapsValueError(
-                _check.message("LAPSConfig", f"{path} cannot be read", "a JSON file", error)
-            ) from None
+        """Read the JSON file.
+
+        Raises:
+            LapsValueError, LapsTypeError: naming the file: it is missing, broken or another's.
+        """
+        values = read_object("LAPSConfig", Path(path), "the config.json of a laps model")
         return cls.from_dict(values, str(path))
 
 
@@ -142,6 +164,15 @@ class Preset:
 BERT: dict[str, Any] = {"model_type": "bert"}
 VIT_RATIOS = {"selection_ratio": 0.5, "aggregation_ratio": 0.4}
 SWIN_RATIOS = {"selection_ratio": 0.8, "aggregation_ratio": 0.6}
+# What CLIP's rows share: the projections are its own, and so are the pixels and the recipe.
+CLIP: dict[str, Any] = {
+    "embed_dim": None,
+    "head_options": VIT_RATIOS,
+    "mean": CLIP_MEAN,
+    "std": CLIP_STD,
+    "learning_rate": 1e-4,
+    "batch_size": 64,
+}
 SWIN_BASE = {"model_type": "swin", "embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}
 
 PRESETS: dict[str, Preset] = {
@@ -182,12 +213,7 @@ PRESETS: dict[str, Preset] = {
         "openai/clip-vit-base-patch16",
         {"model_type": "clip_vision_model", "patch_size": 16, "image_size": 224},
         {"model_type": "clip_text_model"},
-        None,
-        VIT_RATIOS,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-        learning_rate=1e-4,
-        batch_size=64,
+        **CLIP,
     ),
     "clip-vit-large-224": Preset(
         "openai/clip-vit-large-patch14",
@@ -210,11 +236,6 @@ PRESETS: dict[str, Preset] = {
             "num_attention_heads": 12,
             "projection_dim": 768,
         },
-        None,
-        VIT_RATIOS,
-        mean=CLIP_MEAN,
-        std=CLIP_STD,
-        learning_rate=1e-4,
-        batch_size=64,
+        **CLIP,
     ),
 }

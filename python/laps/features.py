@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -10,12 +11,13 @@ import torch
 from torch import Tensor
 
 from . import _check
-from .errors import LapsValueError
+from .errors import LapsTypeError, LapsValueError
 
 __all__ = ["ImageFeatures", "TextFeatures"]
 
 FeaturesT = TypeVar("FeaturesT", "ImageFeatures", "TextFeatures")
 Span = tuple[int, int, str]
+Index = int | slice | Tensor | Sequence[int]
 
 
 def _tensors(features: Any) -> dict[str, Tensor]:
@@ -27,6 +29,43 @@ def _check_sizes(operation: str, features: Any) -> None:
     sizes = {name: len(tensor) for name, tensor in _tensors(features).items()}
     if len(set(sizes.values())) != 1:
         raise LapsValueError(_check.message(operation, "the tensors differ in number", "equal", sizes))
+
+
+def _rows(operation: str, index: object, size: int) -> slice | Tensor:
+    """An index as torch takes it, with an integer as the slice of that one item.
+
+    Raises:
+        IndexError: an integer out of range, which also ends a loop over features. LapsTypeError: no index.
+    """
+    if isinstance(index, slice):
+        return index
+    rows = torch.empty(0)
+    # To torch a tuple is an index of several axes.
+    if not isinstance(index, tuple):
+        with contextlib.suppress(TypeError, ValueError, RuntimeError):
+            rows = torch.as_tensor(index)
+    if isinstance(index, list) and not index:
+        rows = rows.long()
+    flag = rows.dim() == 0 and rows.dtype == torch.bool
+    if flag or rows.is_floating_point() or rows.is_complex() or rows.dim() > 1:
+        raise LapsTypeError(
+            _check.message(
+                operation,
+                "the index chooses no items",
+                "an integer, a slice, or a list or 1-d tensor of integers or flags",
+                repr(index),
+            )
+        )
+    if rows.dim() == 1:
+        return rows
+    number = int(rows)
+    if not -size <= number < size:
+        raise IndexError(_check.message(operation, "index out of range", f"{-size}..{size - 1}", number))
+    return slice(number % size, number % size + 1)
+
+
+def _chosen(tensor: Tensor, rows: slice | Tensor) -> Tensor:
+    return tensor[rows.to(tensor.device) if isinstance(rows, Tensor) else rows]
 
 
 def _to(features: FeaturesT, device: torch.device | str | None, dtype: torch.dtype | None) -> FeaturesT:
@@ -73,7 +112,8 @@ class ImageFeatures:
         self_scores: (B_v, N), a_i of section LPS: cosine of each patch with the mean of the image, or None.
         keep_prob: (B_v, N), the score net's keep probability (paper variant), or None.
 
-    ``features[2:5]`` or ``features[indices]`` are features of some of the images; ``len(features)`` is B_v.
+    ``features[2:5]`` or ``features[indices]`` are features of some of the images, ``features[3]`` those of
+    one: B_v is then 1, and the first axis stays. ``len(features)`` is B_v.
     """
 
     embedding: Tensor
@@ -89,8 +129,9 @@ class ImageFeatures:
     def __len__(self) -> int:
         return len(self.embedding)
 
-    def __getitem__(self, index: slice | Tensor) -> ImageFeatures:
-        return ImageFeatures(**{name: tensor[index] for name, tensor in _tensors(self).items()})
+    def __getitem__(self, index: Index) -> ImageFeatures:
+        chosen = _rows("ImageFeatures", index, len(self))
+        return ImageFeatures(**{name: _chosen(tensor, chosen) for name, tensor in _tensors(self).items()})
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> ImageFeatures:
         """The same features elsewhere, or stored in another floating dtype."""
@@ -118,7 +159,8 @@ class TextFeatures:
         words: (B_t, L, C) raw word-piece features, padded; or None for a head that needs only `embedding`.
         spans: per caption its words as (first piece, past the last piece, text), or None.
 
-    ``features[2:5]`` or ``features[indices]`` are features of some of the captions; ``len(features)`` is B_t.
+    ``features[2:5]`` or ``features[indices]`` are features of some of the captions, ``features[3]`` those of
+    one: B_t is then 1, and the first axis stays. ``len(features)`` is B_t.
     """
 
     embedding: Tensor
@@ -136,17 +178,15 @@ class TextFeatures:
     def __len__(self) -> int:
         return len(self.embedding)
 
-    def __getitem__(self, index: slice | Tensor) -> TextFeatures:
-        chosen: dict[str, Any] = {}
-        for name, tensor in _tensors(self).items():
-            chosen[name] = tensor[index.to(tensor.device) if isinstance(index, Tensor) else index]
+    def __getitem__(self, index: Index) -> TextFeatures:
+        rows = _rows("TextFeatures", index, len(self))
+        chosen: dict[str, Any] = {n: _chosen(tensor, rows) for n, tensor in _tensors(self).items()}
         if self.words is not None:
             chosen["words"] = chosen["words"][
                 :, : int(chosen["lengths"].max()) if len(chosen["lengths"]) else 0
             ]
         if self.spans is not None:
-            numbers = torch.arange(len(self))[index.cpu() if isinstance(index, Tensor) else index]
-            chosen["spans"] = [self.spans[i] for i in numbers.tolist()]
+            chosen["spans"] = [self.spans[i] for i in _chosen(torch.arange(len(self)), rows).tolist()]
         return TextFeatures(**chosen)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextFeatures:

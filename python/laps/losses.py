@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _check
+from ._precision import wide
 from .errors import LapsTypeError, LapsValueError
 
 __all__ = ["InfoNCELoss", "distance_weighted_triplet_loss", "hinge_loss", "info_nce_loss", "ratio_loss"]
@@ -335,7 +336,7 @@ def info_nce_loss(
         temperature = _check.number(operation, "temperature", temperature, 0.0, open_low=True)
     scores = _check_scores(operation, scores)
     match = _matches(operation, scores, image_ids, caption_image_ids)
-    logits = (scores if scores.dtype == torch.float64 else scores.float()) / temperature
+    logits = wide(scores) / temperature
     return (_cross_entropy(logits, match) + _cross_entropy(logits.T, match.T)) / 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from . import _check
 from ._files import atomic_path, write_atomically
+from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
 from .data import Batch, CaptionTokenizer, ImageTransform, open_image
 from .encoders import ImageEncoder, TextEncoder
-from .encoders.backbone import config_of, freeze
-from .encoders.keys import check_keys
-from .errors import LapsTypeError, LapsValueError
+from .encoders.backbone import UNUSED, config_of, freeze
+from .encoders.keys import check_weights
+from .errors import LapsError, LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads import SimilarityHead, build_head
 from .nn import LAPSHead
@@ -149,10 +150,8 @@ class LAPS(nn.Module, ModelHubMixin):
         Raises:
             LapsValueError: the config leaves an encoder to you and it was not given, or it does not fit.
         """
-        encoders = {side: parts.pop(side, None) for side in SIDES}
-        image_encoder = _image_encoder(config, encoders["image_encoder"], None)
-        text_encoder = _text_encoder(config, encoders["text_encoder"], None)
-        return cls._assemble(config, image_encoder, text_encoder, **parts)
+        encoders = {side: parts.pop(side, None) or _new_backbone(config, side) for side in SIDES}
+        return cls._assemble(config, **encoders, **parts)
 
     @classmethod
     def from_preset(
@@ -183,6 +182,8 @@ class LAPS(nn.Module, ModelHubMixin):
             LapsValueError: an unknown name, no such checkpoint, or one that lacks weights.
         """
         preset = PRESETS[_check.choice("LAPS.from_preset", "name", name, list(PRESETS))]
+        # Before the weights are read, which takes long.
+        _objective(loss or {})
         if pretrained:
             text_source = text_checkpoint or preset.text_checkpoint
             images = ImageEncoder.from_pretrained(
@@ -206,17 +207,19 @@ class LAPS(nn.Module, ModelHubMixin):
             **(options | dict(head_options or {})),
         )
         transform = ImageTransform(image_size=images.image_size, mean=preset.mean, std=preset.std)
-        objective = Objective(**({"max_score": _max_score(built)} | dict(loss or {})))
+        objective = _objective({"max_score": _max_score(built)} | dict(loss or {}))
         return cls(images, texts, built, tokenizer=tokenizer, transform=transform, objective=objective)
 
     @classmethod
     def _assemble(
         cls: type[LAPST],
         config: LAPSConfig,
-        image_encoder: ImageEncoder,
-        text_encoder: TextEncoder,
+        image_encoder: nn.Module,
+        text_encoder: nn.Module,
         **parts: Any,
     ) -> LAPST:
+        """The model around two encoders, or around backbones for them."""
+        image_encoder = _image_encoder(config, image_encoder)
         for name in ("num_patches", "num_prefix_tokens", "image_size"):
             expected, got = getattr(config, name), getattr(image_encoder, name)
             if expected != got:
@@ -232,7 +235,8 @@ class LAPS(nn.Module, ModelHubMixin):
             num_prefix_tokens=config.num_prefix_tokens,
             **config.head_options,
         )
-        return cls(image_encoder, text_encoder, head, objective=Objective(**config.loss), **parts)
+        texts = _text_encoder(config, text_encoder)
+        return cls(image_encoder, texts, head, objective=_objective(config.loss), **parts)
 
     @property
     def config(self) -> LAPSConfig:
@@ -560,34 +564,43 @@ class LAPS(nn.Module, ModelHubMixin):
     def _from_folder(cls: type[LAPST], folder: Path, **parts: Any) -> LAPST:
         config = LAPSConfig.load(folder / CONFIG)
         state = load_tensors("LAPS.from_pretrained", folder / WEIGHTS)
-        encoders = {side: parts.pop(side, None) for side in SIDES}
-        image_encoder = _image_encoder(config, encoders["image_encoder"], state)
-        text_encoder = _text_encoder(config, encoders["text_encoder"], state)
         if "tokenizer" not in parts and (folder / TOKENIZER).exists():
             parts["tokenizer"] = CaptionTokenizer.from_file(folder / TOKENIZER)
         if "transform" not in parts:
             parts["transform"] = _read_transform(folder / TRANSFORM)
-        model = cls._assemble(config, image_encoder, text_encoder, **parts)
-        model._load_rest(state, str(folder / WEIGHTS))
+        with _made_from(folder / CONFIG):
+            backbones = {side: _stored_backbone(config, side, state, parts) for side in SIDES}
+            encoders = {side: module for side, (module, _) in backbones.items()}
+            model = cls._assemble(config, **encoders, **parts)
+        model._load_rest(state, str(folder / WEIGHTS), complete=all(fits for _, fits in backbones.values()))
         return model.eval()
 
-    def _load_rest(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Everything but the backbones of transformers, which came with their weights."""
-        done = tuple(
+    def _load_rest(self, state: Mapping[str, Tensor], source: str, *, complete: bool) -> None:
+        """Everything but the backbones of transformers, which came with their weights, all or not."""
+        theirs = tuple(
             f"{side}.backbone."
             for side, b in zip(SIDES, self._backbones(), strict=True)
             if _backbone_config(b)
         )
-        own = {name: t for name, t in self.state_dict().items() if not name.startswith(done or ("\0",))}
-        given = {name: t for name, t in state.items() if not name.startswith(done or ("\0",))}
-        shared = own.keys() & given.keys()
-        check_keys(
-            source,
-            missing=sorted(own.keys() - given.keys()),
-            unexpected=sorted(given.keys() - own.keys()),
-            mismatched=sorted(name for name in shared if own[name].shape != given[name].shape),
-        )
-        self.load_state_dict(given, strict=False)
+        rest = {name: t for name, t in state.items() if not name.startswith(theirs)}
+        own = {name: t for name, t in self.state_dict().items() if not name.startswith(theirs)}
+        if not complete or {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in rest.items()}:
+
+            def needed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+                unused = (n for n in weights if n.startswith(theirs) and any(part in n for part in UNUSED))
+                return {name: weights[name] for name in weights.keys() - set(unused)}
+
+            # All at once, the backbones' too, and under the names of the file.
+            check_weights(source, needed(self._portable_weights()), needed(state))
+        if not complete:
+            raise LapsValueError(
+                _check.message(
+                    "weights",
+                    f"{source} has weights that this version of transformers does not find",
+                    "the version that saved the model",
+                )
+            )
+        self.load_state_dict(rest, strict=False)
 
 
 def _max_score(head: SimilarityHead) -> float:
@@ -626,20 +639,33 @@ def _weights(backbone: nn.Module) -> dict[str, Tensor]:
 
 
 def _read_transform(path: Path) -> ImageTransform:
+    settings = read_object("LAPS.from_pretrained", path, "a transform's JSON file")
+    with _made_from(path):
+        return ImageTransform.from_dict(settings)
+
+
+@contextmanager
+def _made_from(path: Path) -> Iterator[None]:
+    """Put the name of the file into what is said of its values."""
     try:
-        return ImageTransform.from_dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise LapsValueError(
-            _check.message("LAPS.from_pretrained", f"{path} cannot be read", "a transform's JSON file", error)
+        yield
+    except LapsError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _objective(options: Mapping[str, Any]) -> Objective:
+    try:
+        return Objective(**options)
+    except TypeError as error:
+        if isinstance(error, LapsTypeError):
+            raise
+        raise LapsTypeError(
+            _check.message("LAPS", "loss has an unknown option", "those of Objective", error)
         ) from None
 
 
-def _backbone(
-    config: LAPSConfig, side: str, given: nn.Module | None, state: Mapping[str, Tensor] | None
-) -> nn.Module:
-    """The backbone of one side: the caller's, or of transformers with random or stored weights."""
-    if given is not None:
-        return given
+def _described_backbone(config: LAPSConfig, side: str) -> Any:
+    """The configuration of a model of transformers."""
     values = getattr(config, side)
     if not values:
         raise LapsValueError(
@@ -647,36 +673,47 @@ def _backbone(
         )
     from .encoders import transformers_backbone as backbones
 
-    backbone_config = backbones.config_from_dict(values)
-    backbone: nn.Module
-    if state is None:
-        backbone = backbones.build(backbone_config)
-        return backbone
-    prefix = f"{side}.backbone."
-    stored = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    backbone = backbones.from_weights(backbone_config, stored, side)
+    return backbones.config_from_dict(values)
+
+
+def _new_backbone(config: LAPSConfig, side: str) -> nn.Module:
+    """A backbone of transformers with random weights."""
+    from .encoders import transformers_backbone as backbones
+
+    backbone: nn.Module = backbones.build(_described_backbone(config, side))
     return backbone
 
 
-def _image_encoder(
-    config: LAPSConfig, given: nn.Module | None, state: Mapping[str, Tensor] | None
-) -> ImageEncoder:
+def _stored_backbone(
+    config: LAPSConfig, side: str, state: Mapping[str, Tensor], parts: dict[str, Any]
+) -> tuple[nn.Module, bool]:
+    """The caller's encoder or backbone, out of `parts`, else one of transformers with the stored weights.
+
+    Also whether the stored weights fit it: what they lack is random.
+    """
+    given: nn.Module | None = parts.pop(side, None)
+    if given is not None:
+        return given, True
+    from .encoders import transformers_backbone as backbones
+
+    prefix = f"{side}.backbone."
+    stored = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    backbone, misfit = backbones.from_weights(_described_backbone(config, side), stored)
+    return backbone, not any(misfit)
+
+
+def _image_encoder(config: LAPSConfig, given: nn.Module) -> ImageEncoder:
     if isinstance(given, ImageEncoder):
         return given
     return ImageEncoder(
-        _backbone(config, "image_encoder", given, state),
+        given,
         embed_dim=config.embed_dim if config.image_projection else None,
         num_prefix_tokens=config.num_prefix_tokens,
         image_size=config.image_size,
     )
 
 
-def _text_encoder(
-    config: LAPSConfig, given: nn.Module | None, state: Mapping[str, Tensor] | None
-) -> TextEncoder:
+def _text_encoder(config: LAPSConfig, given: nn.Module) -> TextEncoder:
     if isinstance(given, TextEncoder):
         return given
-    return TextEncoder(
-        _backbone(config, "text_encoder", given, state),
-        embed_dim=config.embed_dim if config.text_projection else None,
-    )
+    return TextEncoder(given, embed_dim=config.embed_dim if config.text_projection else None)

@@ -11,6 +11,7 @@ from torch.amp.autocast_mode import is_autocast_available
 
 from . import _check
 from . import functional as F
+from ._precision import wide
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads.base import SimilarityHead, mean_of_words, register_head
@@ -506,9 +507,9 @@ class LAPSHead(SimilarityHead):
         parts = self._image_arguments(image_tokens)
         patches: Tensor = parts["patches"].detach()
         with torch.autocast(patches.device.type, enabled=False):
-            wide = patches if patches.dtype == torch.float64 else patches.float()
-            embedding = nn.functional.normalize(wide.mean(1), dim=-1)
-            self_scores = (nn.functional.normalize(wide, dim=-1) @ embedding[..., None])[..., 0]
+            patches = wide(patches)
+            embedding = nn.functional.normalize(patches.mean(1), dim=-1)
+            self_scores = (nn.functional.normalize(patches, dim=-1) @ embedding[..., None])[..., 0]
         return ImageFeatures(embedding=embedding, self_scores=self_scores, **parts)
 
     def encode_text(
@@ -525,8 +526,7 @@ class LAPSHead(SimilarityHead):
             LapsValueError: a wrong C, a length out of range. LapsTypeError: a wrong dtype.
         """
         word_lengths = self._check_words(word_tokens, word_lengths)
-        words = word_tokens.detach()
-        mean = mean_of_words(words if words.dtype == torch.float64 else words.float(), word_lengths)
+        mean = mean_of_words(wide(word_tokens.detach()), word_lengths)
         return TextFeatures(
             embedding=nn.functional.normalize(mean, dim=-1),
             lengths=word_lengths.cpu(),

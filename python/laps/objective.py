@@ -8,10 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from . import _check, losses
+from .errors import LapsValueError
 
 __all__ = ["Objective"]
 
 NAMES = ("hinge", "triplet", "info_nce")
+MARGIN, TEMPERATURE = 0.2, 0.07
 
 
 class Objective(nn.Module):
@@ -20,14 +22,14 @@ class Objective(nn.Module):
     Args:
         name: ``"hinge"`` (hardest negatives; all of them in a warm-up), ``"triplet"`` (distance-weighted
             sampling) or ``"info_nce"`` (learnable temperature).
-        margin: of hinge and triplet, >= 0.
-        temperature: the initial one of InfoNCE, > 0.
+        margin: of hinge and triplet, >= 0; None for 0.2. InfoNCE has none.
+        temperature: the initial one of InfoNCE, > 0; None for 0.07. The others have none.
         ratio_weight: weight of the ratio loss (paper variant), >= 0.
         max_score: the bound of the scores, which "triplet" turns into distances: 2 for LAPS (the sum of two
             directions), 1 for cosines.
 
     Raises:
-        LapsValueError, LapsTypeError: an argument out of its range.
+        LapsValueError, LapsTypeError: an argument out of its range, or one that the loss does not have.
 
     Source: section "Loss and recipe"; paper: the ratio loss with weight 1.
 
@@ -43,25 +45,42 @@ class Objective(nn.Module):
         self,
         name: str = "hinge",
         *,
-        margin: float = 0.2,
-        temperature: float = 0.07,
+        margin: float | None = None,
+        temperature: float | None = None,
         ratio_weight: float = 1.0,
         max_score: float = 2.0,
     ) -> None:
         super().__init__()
         self.name = _check.choice("Objective", "name", name, NAMES)
-        self.margin = _check.number("Objective", "margin", margin, 0.0)
-        self.initial_temperature = _check.number("Objective", "temperature", temperature, 0.0, open_low=True)
+        contrastive = name == "info_nce"
+        for argument, value, known in (
+            ("margin", margin, not contrastive),
+            ("temperature", temperature, contrastive),
+        ):
+            if value is not None and not known:
+                raise LapsValueError(
+                    _check.message(
+                        "Objective", f'"{name}" has no {argument}', f"another loss, or no {argument}", value
+                    )
+                )
+        self.margin = _check.number("Objective", "margin", MARGIN if margin is None else margin, 0.0)
+        self.initial_temperature = _check.number(
+            "Objective",
+            "temperature",
+            TEMPERATURE if temperature is None else temperature,
+            0.0,
+            open_low=True,
+        )
         self.ratio_weight = _check.number("Objective", "ratio_weight", ratio_weight, 0.0)
         self.max_score = _check.number("Objective", "max_score", max_score, 0.0, open_low=True)
-        self.info_nce = losses.InfoNCELoss(self.initial_temperature) if name == "info_nce" else None
+        self.info_nce = losses.InfoNCELoss(self.initial_temperature) if contrastive else None
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that would build this objective again."""
+        own = {"temperature": self.initial_temperature} if self.info_nce else {"margin": self.margin}
         return {
             "name": self.name,
-            "margin": self.margin,
-            "temperature": self.initial_temperature,
+            **own,
             "ratio_weight": self.ratio_weight,
             "max_score": self.max_score,
         }

@@ -22,10 +22,14 @@ from tqdm.auto import tqdm
 from . import _check
 from ._device import choose_device
 from ._files import atomic_folder, recover_folder, write_atomically
+from ._folder_lock import locked_folder
+from ._json_files import read_object
+from ._workers import end_workers, leave_signals, start_workers
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Batch, CaptionDataset, CaptionTokenizer, RetrievalData
 from .data.loading import batches_of
 from .data.sampler import EpochSampler
+from .data.usable import usable
 from .errors import LapsError, LapsValueError
 from .evaluation import evaluate
 from .loggers import Logger, open_loggers
@@ -61,6 +65,10 @@ class TrainingStoppedError(LapsError):
         self.signal_number = signal_number
 
 
+class StopNow(BaseException):
+    """Raised by a signal handler, anywhere: an Exception would pass for a fault of the image that is read."""
+
+
 @dataclass
 class Progress:
     """How far a run is; what a checkpoint keeps beside tensors."""
@@ -73,6 +81,32 @@ class Progress:
     best_epoch: int = -1
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry for each epoch that is done
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], folder: Path) -> Progress:
+        """What the checkpoint in `folder` holds. Raises LapsValueError that names what is wrong with it."""
+        own = asdict(cls())
+        for name in sorted(own.keys() | values.keys()):
+            if name not in own or not _alike(values.get(name), own[name]):
+                got = repr(values[name]) if name in values else "nothing"
+                raise LapsValueError(
+                    _check.message(
+                        "Trainer",
+                        f"{folder / 'state.json'}: progress.{name} is broken",
+                        "what a run writes",
+                        got[:80],
+                    )
+                )
+        return cls(**values)
+
+
+def _alike(value: object, own: object) -> bool:
+    """Whether a value from a file is of the type of one of `Progress`."""
+    if isinstance(own, list):
+        return isinstance(value, list) and all(
+            isinstance(entry, dict) and _alike(entry.get("epoch"), 0) for entry in value
+        )
+    return isinstance(value, (int, float) if isinstance(own, float) else int) and not isinstance(value, bool)
 
 
 class Trainer:
@@ -90,8 +124,9 @@ class Trainer:
         config: options; None for the published recipe.
 
     Raises:
-        LapsValueError: the model has no tokenizer, fewer captions than one batch, or the folder holds another
-            run.
+        LapsValueError: the model has no tokenizer, a missing image, a damaged dev image or a caption without
+            tokens (unless ``on_error="skip"``, which leaves them out and warns with the numbers), fewer
+            captions than one batch, or the folder holds another run.
 
     Source: section "Loss and recipe".
     """
@@ -108,6 +143,13 @@ class Trainer:
         if model.tokenizer is None:
             raise LapsValueError(
                 _check.message("Trainer", "model has no tokenizer", "LAPS(..., tokenizer=...)")
+            )
+        # Before the first epoch, not in the midst of it. Reading all training images would take too long.
+        on_error, shown = self.config.on_error, self.config.progress
+        train_data = usable("Trainer", train_data, model.tokenizer, on_error=on_error, read_images=False)
+        if dev_data is not None:
+            dev_data = usable(
+                "Trainer", dev_data, model.tokenizer, on_error=on_error, read_images=True, progress=shown
             )
         if train_data.num_captions < self.config.batch_size:
             raise LapsValueError(
@@ -132,6 +174,7 @@ class Trainer:
         self.steps_per_epoch = len(self.dataset) // self.config.batch_size
         self.progress = Progress()
         self._stop_signal: int | None = None
+        self._saved = True  # whether the last checkpoint, if any, has all that was learned
 
     # ---- the run
 
@@ -145,7 +188,8 @@ class Trainer:
             One dictionary per epoch: epoch, loss, seconds, and the dev metrics.
 
         Raises:
-            LapsValueError: the folder holds a run and `resume` is False, or a run with other options (named).
+            LapsValueError: the folder holds a run and `resume` is False, or a run with other options (named),
+                a broken file (named), or another process trains in it now.
             TrainingStoppedError: SIGTERM or Ctrl-C (a checkpoint was written), or a loss that is not finite.
             OSError: a checkpoint could not be written; the one before it is still there.
         """
@@ -162,17 +206,25 @@ class Trainer:
             self.model.parameter_groups(config.learning_rate, config.backbone_lr_ratio),
             weight_decay=config.weight_decay,
         )
-        self._open_folder(optimizer, resume)
-        loader = self._loader()
+        with locked_folder("Trainer", self.folder):
+            self._open_folder(optimizer, resume)
+            return self._run(optimizer)
+
+    def _run(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """The epochs that are left."""
+        config, loader = self.config, self._loader()
         loggers = open_loggers(config.loggers, self.folder, asdict(config), self.progress.step)
         try:
             with self._signals():
                 while self.progress.epoch < config.epochs:
                     self._run_epoch(loader, optimizer, loggers)
+        except StopNow:
+            self._stop_if_asked()
+            raise
         finally:
             for logger in loggers:
                 logger.close()
-            _end_workers(loader)
+            end_workers(loader._iterator)
         return self.progress.history
 
     def _run_epoch(
@@ -186,7 +238,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
 
         with self._bar() as bar:
-            for batch in batches_of(loader):
+            for batch in batches_of(start_workers(loader)):
+                self._saved = False
                 loss, values = self._forward(batch)
                 # The last group of an epoch may be a smaller one.
                 first = progress.batch - progress.batch % config.accumulation
@@ -314,7 +367,8 @@ class Trainer:
         self.progress = Progress()
         if exists:
             self._check_same_run()
-            self.progress = Progress(**load_checkpoint(self.folder / "last", self.model, optimizer))
+            last = self.folder / "last"
+            self.progress = Progress.read(load_checkpoint(last, self.model, optimizer), last)
             # A run may be killed between its checkpoint and its log.
             self._write_log()
         else:
@@ -352,12 +406,7 @@ class Trainer:
 
     def _check_same_run(self) -> None:
         path = self.folder / "config.json"
-        try:
-            before = dict(_leaves(json.loads(path.read_text())))
-        except (OSError, ValueError) as error:
-            raise LapsValueError(
-                _check.message("Trainer", f"{path} cannot be read", "the options of the run", error)
-            ) from None
+        before = dict(_leaves(read_object("Trainer", path, "the options of the run")))
         now = dict(_leaves(self._description()))
         changed = [
             f"{name}: {before.get(name)} before, {now.get(name)} now"
@@ -376,6 +425,7 @@ class Trainer:
         now = time.perf_counter()
         self.progress.seconds += now - started
         save_checkpoint(self.folder / "last", self.model, optimizer, asdict(self.progress))
+        self._saved = True
         return now
 
     def _write_log(self) -> None:
@@ -394,7 +444,7 @@ class Trainer:
             num_workers=self.config.num_workers,
             persistent_workers=self.config.num_workers > 0,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_ignore_first_sigterm,
+            worker_init_fn=leave_signals,
             # Without its own, the loader would draw its workers' seeds from the generator of the dropout.
             generator=torch.Generator().manual_seed(self.config.seed),
         )
@@ -415,16 +465,21 @@ class Trainer:
 
     def _stop_if_asked(self) -> None:
         if self._stop_signal is not None:
+            last = self.folder / "last"
+            left = f"the checkpoint is {last}; resume=True goes on from there"
             raise TrainingStoppedError(
                 f"Trainer: {signal.Signals(self._stop_signal).name} after step {self.progress.step}; "
-                f"the checkpoint is {self.folder / 'last'}; resume=True goes on from there",
+                + (left if last.exists() else "there is no checkpoint yet"),
                 self._stop_signal,
             )
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """Let SIGTERM and Ctrl-C end the run after the current step, with a checkpoint."""
-        self._stop_signal = None
+        """Let SIGTERM and Ctrl-C end the run after the current step, with a checkpoint.
+
+        At once where nothing is left to save: before the first step, and in an evaluation, which is long.
+        """
+        self._stop_signal, self._saved = None, True
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -434,6 +489,8 @@ class Trainer:
                 # The second one: the user does not want to wait.
                 raise KeyboardInterrupt
             self._stop_signal = number
+            if self._saved:
+                raise StopNow
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -473,26 +530,3 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
-
-
-def _end_workers(loader: DataLoader[Any]) -> None:
-    """End the loader's processes now.
-
-    Else the traceback of what stopped the run keeps them, and they keep the main process: it sends them one
-    SIGTERM as it exits, the one that they ignore, and waits.
-    """
-    iterator: Any = loader._iterator
-    if iterator is not None:
-        iterator._shutdown_workers()
-
-
-def _ignore_first_sigterm(worker: int) -> None:
-    """For loader workers: a scheduler ends all processes at once, but the run still needs a batch to stop at.
-
-    `_end_workers` ends them; a second signal does so too.
-    """
-
-    def ignore(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, ignore)

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from . import _check
 from .errors import LapsTypeError, LapsValueError
 
-__all__ = ["LOGGERS", "TrainConfig"]
+__all__ = ["LOGGERS", "ON_ERROR", "SCHEDULES", "TrainConfig"]
 
 LOGGERS = ("tensorboard", "wandb", "trackio")
+SCHEDULES = ("milestones", "one_cycle")
+ON_ERROR = ("raise", "skip")
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class TrainConfig:
         seed: of the order, the augmentation, the dropout; the weights are the caller's.
         device: None: CUDA if there is one.
         num_workers: processes that load images.
-        on_error: ``"raise"`` or ``"skip"`` an image that cannot be read.
+        on_error: ``"raise"`` or ``"skip"`` images that are missing or cannot be read and captions without
+            tokens. What is left out is counted in a warning before the first epoch; of the training images
+            the damaged ones are found as they are read.
         save_every: optimizer steps between checkpoints; one is also written after each epoch.
         log_every: optimizer steps between log entries.
         eval_batch_size: images or captions at once in evaluation.
@@ -93,8 +97,8 @@ class TrainConfig:
             )
         if self.clip_norm is not None:
             _check.number(operation, "clip_norm", self.clip_norm, 0.0, open_low=True)
-        _check.choice(operation, "on_error", self.on_error, ("raise", "skip"))
-        _check.choice(operation, "schedule", self.schedule, ("milestones", "one_cycle"))
+        _check.choice(operation, "on_error", self.on_error, ON_ERROR)
+        _check.choice(operation, "schedule", self.schedule, SCHEDULES)
         # JSON has no tuples; equal runs must compare equal.
         for name in ("milestones", "loggers"):
             if not isinstance(getattr(self, name), (tuple, list)):

@@ -6,19 +6,17 @@ import hashlib
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from .. import _check
 from ..errors import LapsValueError
 from .formats import detect, listings
 from .images import open_with_mode
-from .listing import Listing, missing_files
+from .listing import Listing, is_blank, missing_files
+from .reading import with_each_image
 from .tokenizer import CaptionTokenizer
 
 __all__ = ["CheckReport", "Leak", "SplitReport", "check"]
@@ -37,7 +35,7 @@ class SplitReport:
         missing: paths of files that are not there.
         unreadable: path to reason.
         converted: Pillow mode to the number of images that become RGB from it.
-        empty_captions: where they stand.
+        empty_captions: where they stand; nothing in them is visible, or makes a token.
         long_captions: where they stand, and their number of tokens; they get truncated.
         duplicate_images: groups of paths with the same content.
         duplicate_captions: where a caption stands that its image has already.
@@ -56,8 +54,9 @@ class SplitReport:
 
     @property
     def ok(self) -> bool:
-        """No image is missing or unreadable, and no caption empty."""
-        return not (self.missing or self.unreadable or self.empty_captions)
+        """There are images and captions, no image is missing or unreadable, and no caption empty."""
+        there = self.images > 0 and self.captions > 0
+        return there and not (self.missing or self.unreadable or self.empty_captions)
 
 
 @dataclass
@@ -78,8 +77,8 @@ class CheckReport:
         splits: name to report.
         leaks: pairs of splits that share an image.
         max_length: what captions were measured with, or None.
-        ok: whether nothing is missing, unreadable, empty or shared. Long captions, duplicates inside a split
-            and conversions are reported and do not count: training takes them.
+        ok: whether there is a split, and nothing is missing, unreadable, empty or shared. Long captions,
+            duplicates inside a split and conversions are reported and do not count: training takes them.
     """
 
     path: str
@@ -89,7 +88,7 @@ class CheckReport:
 
     @property
     def ok(self) -> bool:
-        return not self.leaks and all(split.ok for split in self.splits.values())
+        return bool(self.splits) and not self.leaks and all(split.ok for split in self.splits.values())
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, as JSON has it."""
@@ -97,12 +96,17 @@ class CheckReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {'ok' if self.ok else 'problems found'}"]
+        if not self.splits:
+            lines.append("no images and no captions")
         for name, split in self.splits.items():
             low, middle, high = (f"{split.captions_per_image[key]:g}" for key in ("min", "median", "max"))
             lines.append(
                 f"{name}: {split.images} images, {split.captions} captions; "
                 f"per image {low} to {high}, median {middle}"
             )
+            absent = [what for what in ("images", "captions") if getattr(split, what) == 0]
+            if absent:
+                lines.append(f"  no {' and no '.join(absent)}")
             lines += _items("missing images", split.missing)
             lines += _items("unreadable images", [f"{path}: {why}" for path, why in split.unreadable.items()])
             lines += _items("empty captions", split.empty_captions)
@@ -145,10 +149,11 @@ def check(
         path: as for :func:`laps.data.load`.
         images: as for :func:`laps.data.load`.
         splits: those to check; None for all.
-        tokenizer: with it, captions without tokens count as empty, and long ones are reported.
-        max_length: the most tokens of a caption; None takes the tokenizer's.
+        tokenizer: with it, captions without tokens count as empty too, and long ones are reported. Without,
+            captions count as empty in which nothing is visible.
+        max_length: the most tokens of a caption, start and end included; None takes the tokenizer's.
         threads: how many images are read at once.
-        progress: whether to show a bar.
+        progress: whether to show a bar, on a terminal or in a notebook.
 
     Raises:
         LapsValueError: the annotations cannot be read, no image is found at all, an unknown split.
@@ -166,11 +171,15 @@ def check(
     threads = _check.count(operation, "threads", threads)
     if max_length is not None and tokenizer is None:
         raise LapsValueError(_check.message(operation, "max_length needs a tokenizer", "both or none"))
+    if max_length is not None:
+        max_length = _check.count(operation, "max_length", max_length, 3)
     limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
     found = listings(operation, *detect(operation, Path(path)))
     chosen = _chosen(operation, path, found, splits)
     folder = None if images is None else Path(images)
-    paths = {name: listing.paths(operation, folder) for name, listing in chosen.items()}
+    paths = {
+        name: listing.paths(operation, folder) if listing.files else [] for name, listing in chosen.items()
+    }
     contents = _read_images(sorted({p for group in paths.values() for p in group}), threads, progress)
     reports = {
         name: _split_report(listing, paths[name], contents, tokenizer, limit)
@@ -221,16 +230,8 @@ def _read_images(paths: Sequence[Path], threads: int, progress: bool) -> dict[Pa
     absent = set(missing_files(list(paths)))
     contents = {path: _Content(str(path), error="missing") for i, path in enumerate(paths) if i in absent}
     present = [path for i, path in enumerate(paths) if i not in absent]
-    pool = ThreadPoolExecutor(threads)
-    try:
-        # Decoding releases the GIL.
-        results = pool.map(_read_image, present)
-        bar = tqdm(results, total=len(present), desc="images", unit="image", disable=not progress)
-        contents.update(zip(present, bar, strict=True))
-    finally:
-        # Ctrl-C must not wait for the images that are still queued.
-        pool.shutdown(cancel_futures=True)
-    return contents
+    read = with_each_image(_read_image, present, threads=threads, progress=progress)
+    return contents | dict(zip(present, read, strict=True))
 
 
 # ---- reports
@@ -244,7 +245,7 @@ def _split_report(
     limit: int | None,
 ) -> SplitReport:
     counts = Counter(listing.caption_to_image)
-    per_image = [counts[i] for i in range(len(paths))]
+    per_image = [counts[i] for i in range(len(paths))] or [0]
     report = SplitReport(
         len(paths),
         len(listing.captions),
@@ -275,7 +276,7 @@ def _check_captions(
         pair = (listing.caption_to_image[t], caption)
         tokens = None if tokenizer is None else tokenizer.count(caption)
         # Two tokens: the start and the end.
-        if not caption or tokens == 2:
+        if is_blank(caption) or tokens == 2:
             report.empty_captions.append(place)
         elif pair in seen:
             report.duplicate_captions.append(place)

@@ -112,7 +112,8 @@ class CaptionDataset(Dataset[Example | None]):
         seed: any integer.
         train: False for neither image nor caption augmentation.
         augment: the probability that a word is changed; see :meth:`CaptionTokenizer.augment`.
-        on_error: "raise" for an image that cannot be read, "skip" to warn once per path and go on without.
+        on_error: "raise" for an image that cannot be read or a caption without tokens, "skip" to warn once
+            for each and go on without.
 
     Raises:
         LapsValueError, LapsTypeError: a wrong argument; augmentation with a vocabulary without mask token.
@@ -156,11 +157,18 @@ class CaptionDataset(Dataset[Example | None]):
             )
         self._to_pixels = transform.train() if train else transform.eval()
         self._images = _Images(operation, data.image_paths, on_error)
+        self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.data.num_captions
+
+    @property
+    def skipped_images(self) -> list[Path]:
+        """The images that could not be read so far, by this process and its loader's workers."""
+        paths = self.data.image_paths
+        return [path for path, skipped in zip(paths, self._images.warned.tolist(), strict=True) if skipped]
 
     @property
     def epoch(self) -> int:
@@ -180,7 +188,13 @@ class CaptionDataset(Dataset[Example | None]):
         try:
             token_ids = self.tokenizer.augment(self.data.captions[t], random.Random(words), self.augment)
         except LapsValueError as error:
-            raise LapsValueError(f"CaptionDataset: caption {t} of {self.data.name}: {error}") from error
+            message = f"CaptionDataset: caption {t} of {self.data.name}: {error}"
+            if not self._images.skip:
+                raise LapsValueError(message) from error
+            if not self._blank[t]:
+                self._blank[t] = True
+                warnings.warn(f"skipped: {message}", stacklevel=2)
+            return None
         # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(pixels)
@@ -199,7 +213,7 @@ class CaptionDataset(Dataset[Example | None]):
                 _check.message(
                     "CaptionDataset.collate",
                     "no example of the batch is left",
-                    "at least one readable image",
+                    "at least one readable image with a caption",
                     f"{len(examples)} skipped",
                 )
             )

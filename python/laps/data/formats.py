@@ -28,7 +28,7 @@ from .records import RetrievalData
 
 __all__ = ["load", "read_caption_files", "read_karpathy", "read_pairs"]
 
-MISSING = ("raise", "keep")
+KEEP = ("raise", "keep")
 # One set, several names.
 DEV_NAMES = {"val", "dev", "valid", "validation"}
 
@@ -37,7 +37,12 @@ DEV_NAMES = {"val", "dev", "valid", "validation"}
 
 
 def load(
-    path: str | Path, split: str, *, images: str | Path | None = None, on_missing: str = "raise"
+    path: str | Path,
+    split: str,
+    *,
+    images: str | Path | None = None,
+    on_missing: str = "raise",
+    on_empty: str = "raise",
 ) -> RetrievalData:
     """Read one split of a data set, whatever its format.
 
@@ -50,11 +55,14 @@ def load(
             name, and in the folder itself.
         on_missing: "raise" refuses data whose image files are not all there, "keep" leaves that to the reader
             of the images.
+        on_empty: "raise" refuses an empty caption (nothing in it is visible), "keep" leaves that to the
+            reader of the captions.
 
     Raises:
         LapsValueError: a missing file or folder (the message lists where it looked), an unknown split (lists
-            those present), malformed content or an empty caption (names file and line), a caption whose image
-            is absent, one image in two splits of a file, a folder of no known or of more than one format.
+            those present), malformed content or an empty caption (names file and line), ids that do not fit
+            their captions, a caption whose image is absent, one image in two splits of a file, a folder of no
+            known or of more than one format.
 
     Example:
         >>> import tempfile, pathlib, laps.data
@@ -64,18 +72,28 @@ def load(
         >>> laps.data.load(folder / "test.csv", "test").captions
         ['a cat', 'a black cat']
     """
-    return _read("load", *detect("load", Path(path)), split, images, on_missing)
+    return _read("load", *detect("load", Path(path)), split, images, on_missing, on_empty)
 
 
 def read_karpathy(
-    json_file: str | Path, split: str, images: str | Path | None = None, *, on_missing: str = "raise"
+    json_file: str | Path,
+    split: str,
+    images: str | Path | None = None,
+    *,
+    on_missing: str = "raise",
+    on_empty: str = "raise",
 ) -> RetrievalData:
     """Read one split of a Karpathy JSON file; see :func:`load`. "train" includes "restval"."""
-    return _read("read_karpathy", "karpathy", Path(json_file), split, images, on_missing)
+    return _read("read_karpathy", "karpathy", Path(json_file), split, images, on_missing, on_empty)
 
 
 def read_caption_files(
-    folder: str | Path, split: str, images: str | Path | None = None, *, on_missing: str = "raise"
+    folder: str | Path,
+    split: str,
+    images: str | Path | None = None,
+    *,
+    on_missing: str = "raise",
+    on_empty: str = "raise",
 ) -> RetrievalData:
     """Read ``{split}_caps.txt`` and ``{split}_ids.txt`` with ``id_mapping.json``; see :func:`load`.
 
@@ -83,25 +101,39 @@ def read_caption_files(
     id per image, where every image has the same number of captions, in order. ``id_mapping.json``, here or
     one folder up, gives each id's image file.
     """
-    return _read("read_caption_files", "caption_files", Path(folder), split, images, on_missing)
+    return _read("read_caption_files", "caption_files", Path(folder), split, images, on_missing, on_empty)
 
 
 def read_pairs(
-    file: str | Path, split: str, images: str | Path | None = None, *, on_missing: str = "raise"
+    file: str | Path,
+    split: str,
+    images: str | Path | None = None,
+    *,
+    on_missing: str = "raise",
+    on_empty: str = "raise",
 ) -> RetrievalData:
     """Read a csv, tsv or JSONL file with ``image``, ``caption`` and perhaps ``split``; see :func:`load`."""
-    return _read("read_pairs", "pairs", Path(file), split, images, on_missing)
+    return _read("read_pairs", "pairs", Path(file), split, images, on_missing, on_empty)
 
 
 def _read(
-    operation: str, kind: str, path: Path, split: str, images: str | Path | None, on_missing: str
+    operation: str,
+    kind: str,
+    path: Path,
+    split: str,
+    images: str | Path | None,
+    on_missing: str,
+    on_empty: str,
 ) -> RetrievalData:
-    _check.choice(operation, "on_missing", on_missing, MISSING)
+    _check.choice(operation, "on_missing", on_missing, KEEP)
+    _check.choice(operation, "on_empty", on_empty, KEEP)
     found = listings(operation, kind, path, split)
+    if not any(listing.files for listing in found.values()):
+        raise LapsValueError(_check.message(operation, f"{path} lists no image", "at least one"))
     if kind != "caption_files":
         _refuse_mixed(operation, found)
     listing = found[_split_name(operation, path, split, list(found))]
-    return listing.resolve(operation, None if images is None else Path(images), on_missing)
+    return listing.resolve(operation, None if images is None else Path(images), on_missing, on_empty)
 
 
 # ---- which format, which split

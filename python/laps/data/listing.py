@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from .records import RetrievalData
 # Where the common archives of photographs unpack to, beside the annotations.
 KNOWN_FOLDERS = {"f30k": "flickr30k-images", "flickr30k": "flickr30k-images", "coco": "coco-images"}
 
+# Unicode's categories of what leaves no mark on paper by itself, and the fillers that count as letters.
+BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
+BLANK_LETTERS = set("\u115f\u1160\u2800\u3164\uffa0")
+
+
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: str.strip leaves zero-width spaces and their like."""
+    return all(unicodedata.category(c) in BLANK_CATEGORIES or c in BLANK_LETTERS for c in text)
+
 
 @dataclass
 class Listing:
@@ -24,7 +34,7 @@ class Listing:
         name: for messages, for example ``"dataset.json/test"``.
         place: where captions stand, with ``{}`` for `lines`, for example ``"pairs.csv:{}"``.
         image_folders: where the image files may be, best guess first.
-        files: image i, relative to one of these folders, each once.
+        files: image i, relative to one of these folders, each once: "./a.jpg" and "a.jpg" are one image.
         captions, caption_to_image, lines: caption t, its image, and its line or entry.
     """
 
@@ -38,7 +48,8 @@ class Listing:
     _index: dict[str, int] = field(default_factory=dict)
 
     def add_image(self, file: str) -> int:
-        """The image's number; a file that is named again is the same image."""
+        """The image's number; a file that is named again, "./" in front or not, is the same image."""
+        file = os.path.normpath(file)
         index = self._index.setdefault(file, len(self.files))
         if index == len(self.files):
             self.files.append(file)
@@ -74,10 +85,10 @@ class Listing:
             else _check.message(operation, f"{self.name} lists no image", "at least one")
         )
 
-    def resolve(self, operation: str, images: Path | None, on_missing: str) -> RetrievalData:
-        """The split as data. Raises LapsValueError for an empty caption or, if asked, a missing file."""
+    def resolve(self, operation: str, images: Path | None, on_missing: str, on_empty: str) -> RetrievalData:
+        """The split as data. Raises LapsValueError for an empty caption or a missing file, if asked."""
         for caption, text in enumerate(self.captions):
-            if not text:
+            if on_empty == "raise" and is_blank(text):
                 raise LapsValueError(
                     _check.message(operation, f"{self.place_of(caption)} has an empty caption", "text")
                 )

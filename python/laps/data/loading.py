@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
-
-from torch.utils.data import DataLoader
 
 from ..errors import LapsError
 
 __all__ = ["batches_of"]
 
 
-def batches_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """The batches. What a worker raised is raised again without the worker's traceback in its message.
+def batches_of(loader: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader, or of its iterator.
+
+    What a worker raised is raised again without the worker's traceback in its message.
 
     Raises:
         LapsError: as a data set raised it, here or in a worker.

@@ -87,9 +87,10 @@ def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
 def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
     captions_file, ids_file = folder / f"{split}{CAPTIONS_END}", folder / f"{split}_ids.txt"
     # Lines end at a line feed only: captions may hold Unicode's other separators.
-    captions = _text(operation, captions_file).removesuffix("\n").split("\n")
+    text = _text(operation, captions_file)
+    captions = text.removesuffix("\n").split("\n") if text else []
     ids = _text(operation, ids_file).split()
-    if not ids or len(captions) % len(ids):
+    if bool(ids) != bool(captions) or (ids and len(captions) % len(ids)):
         raise LapsValueError(
             _check.message(
                 operation,
@@ -98,6 +99,7 @@ def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
                 f"{len(ids)} ids and {len(captions)} captions",
             )
         )
+    _refuse_repeated(operation, ids_file, ids, captions_file, len(captions))
     mapping_file, mapping = _id_mapping(operation, folder)
     listing = Listing(
         f"{folder.name}/{split}",
@@ -107,7 +109,7 @@ def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
     )
     for line, id_ in enumerate(ids, 1):
         # The ids were integers once: "0042" and "42" are the same.
-        name = mapping.get(id_) or mapping.get(id_.lstrip("0") or "0")
+        name = mapping.get(id_) or mapping.get(_number(id_))
         if not isinstance(name, str):
             raise LapsValueError(
                 _check.message(
@@ -120,6 +122,27 @@ def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
         for caption in range((line - 1) * each, line * each):
             listing.add_caption(listing.add_image(name), captions[caption], caption + 1)
     return listing
+
+
+def _number(id_: str) -> str:
+    return id_.lstrip("0") or "0"
+
+
+def _refuse_repeated(operation: str, ids_file: Path, ids: list[str], captions_file: Path, total: int) -> None:
+    """Ids that repeat are one per caption: fewer of them belong to the captions of another split."""
+    if len(ids) == total:
+        return
+    first: dict[str, int] = {}
+    for line, id_ in enumerate(ids, 1):
+        if first.setdefault(_number(id_), line) != line:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"{ids_file} does not fit {captions_file.name}: line {line} repeats the id {id_}",
+                    f"each id once, or one id for each of {total} captions",
+                    f"{len(ids)} ids",
+                )
+            )
 
 
 def _id_mapping(operation: str, folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -170,7 +193,9 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
         image = splits[split].add_image(_field(operation, place, row, "image"))
         splits[split].add_caption(image, row["caption"], line)
     if not splits:
-        raise LapsValueError(_check.message(operation, f"{file} has no rows", "at least one"))
+        split = file.stem if file.stem in SPLIT_NAMES else "all"
+        # Kept, so that a check sees it; a split that another file has is there already.
+        found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}:{{}}", []))
     found.update(splits)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .. import _check
-from ..errors import LapsValueError
+from ..errors import LapsTypeError, LapsValueError
 
 # A pooler and a masked-image-modelling token have no effect on tokens; checkpoints often lack them.
 UNUSED = ("pooler.", "embeddings.mask_token")
@@ -17,10 +17,25 @@ def freeze(backbone: nn.Module, frozen: bool) -> None:
     """Take all parameters out of training, or all that tokens depend on into it."""
     for parameter in backbone.parameters():
         parameter.requires_grad_(not frozen)
-    freeze_unused(backbone)
+    _freeze_unused(backbone)
 
 
-def freeze_unused(backbone: nn.Module) -> None:
+def prepare(operation: str, backbone: object, takes: str) -> Any:
+    """Make a module ready to be an encoder's backbone; returns its configuration as :func:`config_of` does.
+
+    Raises:
+        LapsTypeError: no module. LapsValueError: as :func:`config_of`.
+    """
+    if not isinstance(backbone, nn.Module):
+        raise LapsTypeError(
+            _check.message(operation, "backbone is no module", "nn.Module", _check.name_of(backbone))
+        )
+    config = config_of(operation, backbone, takes)
+    _freeze_unused(backbone)
+    return config
+
+
+def _freeze_unused(backbone: nn.Module) -> None:
     """Take the parameters that tokens do not depend on out of training: they would upset DDP."""
     if _is_transformers(backbone):
         for name, parameter in backbone.named_parameters():

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from ..errors import LapsTypeError, LapsValueError
-from .backbone import config_of, freeze_unused
+from ..errors import LapsValueError
+from .backbone import prepare
 
 __all__ = ["ImageEncoder"]
 
@@ -53,13 +53,8 @@ class ImageEncoder(nn.Module):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, nn.Module):
-            raise LapsTypeError(
-                _check.message("ImageEncoder", "backbone is no module", "nn.Module", _check.name_of(backbone))
-            )
+        config = prepare("ImageEncoder", backbone, "pixel_values")
         self.backbone = backbone
-        freeze_unused(backbone)
-        config = config_of("ImageEncoder", backbone, "pixel_values")
         if config is not None:
             from . import transformers_backbone
 

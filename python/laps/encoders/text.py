@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
-from .backbone import config_of, freeze_unused
+from .backbone import prepare
 
 __all__ = ["TextEncoder"]
 
@@ -42,13 +42,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, *, embed_dim: int | None = None) -> None:
         super().__init__()
-        if not isinstance(backbone, nn.Module):
-            raise LapsTypeError(
-                _check.message("TextEncoder", "backbone is no module", "nn.Module", _check.name_of(backbone))
-            )
+        config = prepare("TextEncoder", backbone, "input_ids")
         self.backbone = backbone
-        freeze_unused(backbone)
-        config = config_of("TextEncoder", backbone, "input_ids")
         self.clip = getattr(config, "model_type", None) == "clip_text_model"
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size: int | None = getattr(config, "vocab_size", None)

@@ -11,13 +11,14 @@ import inspect
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_MAPPING,
     AutoConfig,
     CLIPTextModelWithProjection,
@@ -28,10 +29,10 @@ from transformers import (
 from transformers.utils import logging
 
 from .. import _check
-from .._tensor_files import system_errors
+from .._tensor_files import load_tensors, system_errors
 from ..errors import LapsValueError
 from .backbone import UNUSED
-from .keys import check_keys
+from .keys import check_keys, check_weights, other_shape
 
 # CLIP's tokens live in the shared space only after its projections, which the plain models lack.
 WITH_PROJECTION = {
@@ -39,6 +40,16 @@ WITH_PROJECTION = {
     "clip_text_model": CLIPTextModelWithProjection,
 }
 INPUTS = {"vision": "pixel_values", "text": "input_ids"}
+# What comes of a configuration of wrong types, or of sizes that do not fit each other.
+UNBUILDABLE = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Misfit(NamedTuple):
+    """Weights that do not fit a model, under the names that this version of transformers gives them."""
+
+    missing: list[str]
+    unexpected: list[str]
+    mismatched: list[str]
 
 
 def num_prefix_tokens(config: PretrainedConfig) -> int | None:
@@ -59,16 +70,19 @@ def num_prefix_tokens(config: PretrainedConfig) -> int | None:
 
 
 def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
-    """The configuration that `PretrainedConfig.to_dict` gave. Raises LapsValueError for an unknown family."""
+    """The configuration that `PretrainedConfig.to_dict` gave. Raises LapsValueError for a senseless one."""
     values = dict(values)
-    try:
-        return AutoConfig.for_model(**values)
-    except (KeyError, ValueError, TypeError) as error:
+    kind = values.pop("model_type", None)
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise LapsValueError(
             _check.message(
-                "encoder config", "model_type is unknown to transformers", "for example vit, bert", error
+                "encoder config", "model_type is unknown to transformers", "for example vit, bert", repr(kind)
             )
-        ) from None
+        )
+    try:
+        return CONFIG_MAPPING[kind](**values)
+    except (*UNBUILDABLE, StrictDataclassError) as error:
+        raise LapsValueError(_refused(kind, error)) from error
 
 
 def _model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -91,9 +105,19 @@ def _options(model_class: type[PreTrainedModel]) -> dict[str, Any]:
 
 
 def build(config: PretrainedConfig) -> PreTrainedModel:
-    """A model with random weights, in training mode."""
+    """A model with random weights, in training mode. Raises LapsValueError for sizes that do not fit."""
     model_class = _model_class(config)
-    return model_class(config, **_options(model_class)).train()
+    try:
+        return model_class(config, **_options(model_class)).train()
+    except UNBUILDABLE as error:
+        raise LapsValueError(_refused(config.model_type, error)) from error
+
+
+def _refused(kind: str, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    return _check.message(
+        "encoder config", f"no {kind} model can be built", "the values of its configuration", reason
+    )
 
 
 def load(source: str | Path, part: str) -> PreTrainedModel:
@@ -110,7 +134,7 @@ def load(source: str | Path, part: str) -> PreTrainedModel:
     operation = f"{part} encoder"
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, *UNBUILDABLE, StrictDataclassError) as error:
         raise LapsValueError(_unreadable(operation, source, error)) from error
     config = getattr(config, f"{part}_config", config)
     model_class = _model_class(config)
@@ -131,11 +155,32 @@ def load(source: str | Path, part: str) -> PreTrainedModel:
                 ignore_mismatched_sizes=True,
                 **_options(model_class),
             )
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, *UNBUILDABLE, SafetensorError) as error:
             raise LapsValueError(_unreadable(operation, source, error)) from error
+    misfit = _misfit(report)
     # What the checkpoint has beyond the encoder (a classifier, CLIP's other half) is left there on purpose.
-    _check_keys(str(source), report, unexpected=False)
+    if misfit.missing or misfit.mismatched:
+        file = Path(source) / "model.safetensors"
+        if file.exists():
+            _check_file(file, model)
+        check_keys(str(source), *misfit)
     return model.train()
+
+
+def _check_file(file: Path, model: PreTrainedModel) -> None:
+    """Refuse a file that lacks weights of the model, under the names that they have there."""
+    given, own = load_tensors("encoder weights", file), weights(model)
+    # A model for a task keeps the encoder under a name of its own.
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in given):
+        own = {prefix + name: tensor for name, tensor in own.items()}
+    check_weights(
+        str(file),
+        *(
+            {n: t for n, t in state.items() if not any(part in n for part in UNUSED)}
+            for state in (own, given)
+        ),
+    )
 
 
 def _unreadable(operation: str, source: str | Path, error: Exception) -> str:
@@ -151,33 +196,36 @@ def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         with system_errors():
             model.save_pretrained(folder, max_shard_size="1TB")
-        return load_file(Path(folder) / "model.safetensors")
+        return load_tensors("encoder weights", Path(folder) / "model.safetensors")
 
 
-def from_weights(config: PretrainedConfig, state: Mapping[str, Tensor], source: str) -> PreTrainedModel:
-    """The model that `weights` came from. Raises LapsValueError that names missing and unexpected keys."""
+def from_weights(config: PretrainedConfig, state: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Misfit]:
+    """The model that `weights` came from, and what of `state` did not fit it: weights that it lacks are
+    random."""
     model_class = _model_class(config)
     with _quiet():
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(state),
-            output_loading_info=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            **_options(model_class),
-        )
-    _check_keys(source, report, unexpected=True)
-    return model
+        try:
+            model, report = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(state),
+                output_loading_info=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                **_options(model_class),
+            )
+        except UNBUILDABLE as error:
+            raise LapsValueError(_refused(config.model_type, error)) from error
+    return model, _misfit(report)
 
 
-def _check_keys(source: str, report: Mapping[str, Any], *, unexpected: bool) -> None:
-    missing, surplus = (
-        sorted(key for key in report[kind] if not any(part in key for part in UNUSED))
+def _misfit(report: Mapping[str, Any]) -> Misfit:
+    """What matters of transformers' report."""
+    missing, unexpected = (
+        [key for key in report[kind] if not any(part in key for part in UNUSED)]
         for kind in ("missing_keys", "unexpected_keys")
     )
-    mismatched = sorted(str(key) for key in report["mismatched_keys"])
-    check_keys(source, missing, surplus if unexpected else [], mismatched)
+    return Misfit(missing, unexpected, [other_shape(*key) for key in report["mismatched_keys"]])
 
 
 @contextlib.contextmanager

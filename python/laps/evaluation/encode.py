@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .. import _check
+from .._precision import wide
+from .._workers import end_workers, leave_signals, start_workers
 from ..data import CaptionTokenizer, ImageDataset, ImageTransform, RetrievalData
 from ..data.loading import batches_of
 from ..errors import LapsValueError
@@ -90,11 +93,6 @@ class CaptionStore:
             first += size
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def encode_images(
     model: RetrievalModel,
     data: RetrievalData,
@@ -117,12 +115,15 @@ def encode_images(
         num_workers=num_workers,
         collate_fn=dataset.collate,
         pin_memory=model.device.type == "cuda",
+        worker_init_fn=leave_signals,
         # The default would draw from torch's generator, and so change a training that evaluates in between.
         generator=torch.Generator(),
     )
     kept: dict[str, Tensor] = {}
-    with _bar(data.num_images, "images", progress) as bar:
-        for indices, pixel_values in batches_of(loader):
+    batches = start_workers(loader)
+    with _bar(data.num_images, "images", progress) as bar, contextlib.ExitStack() as stack:
+        stack.callback(end_workers, batches)
+        for indices, pixel_values in batches_of(batches):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=amp):
                 features = model.encode_image(pixel_values.to(model.device, non_blocking=True))
             for name, tensor in _tensors(features.to(dtype=dtype)).items():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._precision import wide
 from ..features import ImageFeatures, Span, TextFeatures
 from .base import SimilarityHead, mean_of_words, register_head
 
@@ -59,23 +60,18 @@ class GlobalHead(SimilarityHead):
             pooled = image_tokens[:, 0]
         else:
             pooled = image_tokens[:, self.num_prefix_tokens :].mean(1)
-        return ImageFeatures(embedding=torch.nn.functional.normalize(_wide(pooled), dim=-1))
+        return ImageFeatures(embedding=torch.nn.functional.normalize(wide(pooled), dim=-1))
 
     def encode_text(
         self, word_tokens: Tensor, word_lengths: Tensor, spans: list[list[Span]] | None = None
     ) -> TextFeatures:
         pooled = word_tokens[:, 0] if self.pooling == "first" else mean_of_words(word_tokens, word_lengths)
-        embedding = torch.nn.functional.normalize(_wide(pooled), dim=-1)
+        embedding = torch.nn.functional.normalize(wide(pooled), dim=-1)
         return TextFeatures(embedding=embedding, lengths=word_lengths, spans=spans)
 
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         with torch.autocast(images.embedding.device.type, enabled=False):
-            return _wide(images.embedding) @ _wide(texts.embedding).T
+            return wide(images.embedding) @ wide(texts.embedding).T
 
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        return (_wide(images.embedding) * _wide(texts.embedding)).sum(-1)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least float32: scores keep their digits under autocast and from stored half precision."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return (wide(images.embedding) * wide(texts.embedding)).sum(-1)
