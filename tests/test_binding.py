@@ -167,6 +167,20 @@ def test_leading_prefix_rows_that_do_not_fit_are_refused(count: int, changes: di
         forward(options=options, **changes)
 
 
+@pytest.mark.parametrize(("rows", "prefix_rows"), [(1, 0), (9, 1)])
+def test_gradients_that_do_not_fit_leading_prefix_rows_are_refused(rows: int, prefix_rows: int) -> None:
+    options = _laps.SimilarityOptions(selection_ratio=0.5, num_prefix_tokens=1)
+    b, t, n, c, words, m, _ = SIZES.values()
+    first = list(arguments(options=options, prefix=None, patches=np.ones((b, n + 1, c), "f")).values())[:11]
+    saved = [np.zeros((b, t, 1), "u1"), np.zeros((b, t, words), "i2"), np.zeros((b, t, m + 2), "i2")]
+    grads = [np.ones((b, t), "f"), None]
+    shapes = [(b, rows, c), (t, words, c), (b, n, m)]
+    out = [np.empty(shape, "f") for shape in shapes]
+    prefix = np.empty((b, prefix_rows, c), "f") if prefix_rows else None
+    with pytest.raises(LapsValueError, match="out_grad_prefix" if prefix_rows else "out_grad_patches"):
+        _laps.similarity_backward(*first, *saved, *grads, *out, prefix, None, None)
+
+
 def test_random_arguments_never_get_past_an_exception() -> None:
     """A few thousand calls with shapes, dtypes, layouts and values at random; most are wrong in some way."""
     rng = random.Random(0)

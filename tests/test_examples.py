@@ -68,7 +68,7 @@ def plain(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_every_script_is_tested_and_explained() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS)
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(SCRIPTS) | {"common.py"}
     assert all(name in (EXAMPLES / "README.md").read_text() for name in SCRIPTS)
 
 

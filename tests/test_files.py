@@ -190,11 +190,14 @@ def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path: Path) 
 def test_a_place_that_can_be_written_to_is_left_as_it_is(tmp_path: Path) -> None:
     old, new = tmp_path / "old.json", tmp_path / "folder" / "new.json"
     old.write_text("old")
-    for path in (old, new, Path("/dev/null"), Path("/dev/stdout")):
+    # Nobody reads from it yet, which may come.
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (old, new, pipe, Path("/dev/null"), Path("/dev/stdout")):
         require_writable(path)
 
     assert old.read_text() == "old"
-    assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", old]
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder", old, pipe]
 
 
 def test_a_place_that_cannot_be_written_to_is_named_as_it_would_be_later(tmp_path: Path) -> None:

@@ -135,6 +135,15 @@ def test_joined_tokens_pass_opcheck(pairwise: bool) -> None:
     torch.library.opcheck(torch.ops.laps.similarity.default, args, options, test_utils=OPCHECKS)
 
 
+@pytest.mark.parametrize("count", [-1, 8, 30])
+def test_leading_prefix_rows_that_do_not_fit_are_refused(count: int) -> None:
+    arguments = make("released", requires_grad=())
+    args, options = operator_arguments(arguments, pairwise=False)
+    count = count if count != 8 else arguments["patches"].shape[1]
+    with pytest.raises(laps.LapsValueError, match="num_prefix_tokens do not fit"):
+        torch.ops.laps.similarity(*args, **options, num_prefix_tokens=count)
+
+
 @both_shapes
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_joined_tokens_score_and_learn_as_two_tensors_do(backend: str, pairwise: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -61,7 +62,9 @@ def require_writable(path: str | os.PathLike[str]) -> None:
         OSError, LapsValueError: what writing would raise.
     """
     if _is_stream(path):
-        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+        # Not opened: the reader of a pipe would see its end.
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
     else:
         with _temporary(_target(path), path, folder=False):
             pass

@@ -6,8 +6,10 @@ stop at, and ends its workers itself.
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from typing import Any
 
 from torch.utils.data import DataLoader
@@ -33,8 +35,20 @@ def leave_signals(worker: int) -> None:
 
 
 def start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
-    """``iter(loader)``; until its workers have come to :func:`leave_signals`, signals to them wait."""
-    # A process inherits what is blocked. That of a fork server too, which would die of SIGTERM.
+    """``iter(loader)``; until its workers have come to :func:`leave_signals`, signals to them wait.
+
+    Not with a fork server: whatever is blocked in it stays so in all that is started through it later, the
+    caller's own processes too. It may die of SIGTERM, and its workers with it.
+    """
+    context: Any = loader.multiprocessing_context or multiprocessing
+    method = context.get_start_method() if loader.num_workers else "fork"
+    if method == "forkserver":
+        forkserver.ensure_running()
+        return iter(loader)
+    if method == "spawn":
+        # Started by what a loader makes first, it would take back what is blocked.
+        resource_tracker.ensure_running()
+    # A process inherits what is blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         return iter(loader)

@@ -79,10 +79,11 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
     weights, moments, randoms = (
         load_tensors("load_checkpoint", folder / name) for name in (MODEL, OPTIMIZER, RANDOM)
     )
-    # All that can be checked is, before anything is changed.
+    # All files are checked before anything is changed.
     check_weights(str(folder / MODEL), own=model.state_dict(), given=weights)
     with _naming(folder / STATE):
         generators = _generators(state)
+        _check_groups(state["optimizer"], optimizer)
     with _naming(folder / RANDOM):
         torch.Generator().set_state(randoms["torch"])
     with _naming(folder / OPTIMIZER):
@@ -143,12 +144,17 @@ def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict
     return {"state": states, "param_groups": groups}
 
 
-def _check_moments(restored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Refuse what the optimizer would take and fail with at its next step. Raises ValueError."""
-    for group, own in zip(restored["param_groups"], optimizer.param_groups, strict=True):
+def _check_groups(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse groups of parameters that the optimizer would take and fail with at its next step."""
+    for group, own in zip(groups, optimizer.param_groups, strict=True):
         absent = sorted(own.keys() - group.keys())
         if absent:
             raise ValueError(f"a group of parameters lacks {', '.join(absent)}")
+
+
+def _check_moments(restored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """Refuse states of parameters that the optimizer would take and fail with at its next step."""
+    for group, own in zip(restored["param_groups"], optimizer.param_groups, strict=True):
         for number, parameter in zip(group["params"], own["params"], strict=True):
             for name, tensor in restored["state"].get(number, {}).items():
                 if tensor.dim() and tensor.shape != parameter.shape:

@@ -64,6 +64,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ._device import choose_device
     from ._train_options import FROM_PRESET
     from .config import PRESETS
     from .train import Trainer
@@ -75,9 +76,15 @@ def _train(options: argparse.Namespace) -> int:
         chosen = {name: getattr(preset, name) for name in FROM_PRESET} | chosen
     # What can be wrong is looked at before the weights are read, which takes long.
     config = TrainConfig(**chosen)
+    choose_device("laps train", config.device)
+    begun = (options.out / "last").exists()
+    if begun and not options.resume:
+        raise LapsValueError(
+            _check.message("laps train", f"{options.out} holds a run already", "another folder, or --resume")
+        )
     data, dev = _train_and_dev(options, config.on_error)
     trainer = Trainer(_model_to_train(options, config.seed), data, dev, options.out, config)
-    if options.resume and not (options.out / "last").exists():
+    if options.resume and not begun:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
     skipped = len(trainer.dataset.skipped_images)

@@ -208,9 +208,8 @@ def _pairs(
     dtype = _check.common_dtype(operation, given, may_be_bool="mask")
 
     sizes, images, captions = _check.Sizes(operation), *(("B", "B") if pairwise else ("B_v", "B_t"))
-    tokens = v
-    if joined:
-        p, v = _split_prefix(operation, tokens, joined)
+    tokens = v.to(dtype)
+    p, v = _split_prefix(operation, tokens, joined) if joined else (p, tokens)
     sizes.match("patches", v, f"{images} N C")
     sizes.match("words", w, f"{captions} L C")
     sizes.match("logits", e, f"{images} N N_c")
@@ -227,7 +226,7 @@ def _pairs(
     name = _backend(operation, backend, device)
     _check.fake_tensors(operation, given | {"word_lengths": lengths}, needs_values=name == "torch")
 
-    tokens, w, e = tokens.to(dtype), w.to(dtype), e.to(dtype)
+    w, e = w.to(dtype), e.to(dtype)
     p = None if p is None or p.shape[1] == 0 else p.to(dtype)
     q = None if q is None else _within_unit_interval(q.to(dtype))
     m = _within_unit_interval(m.to(dtype)) if m is not None and _is_soft(m) else m
@@ -248,7 +247,6 @@ def _pairs(
             save_for_backward=save,
         )
     else:
-        p, v = _split_prefix(operation, tokens, joined) if joined else (p, tokens)
         call = torch_backend.similarity_pairwise if pairwise else torch_backend.similarity
         scores, kept_fraction = call(
             v, w, lengths, e, prefix=p, keep_prob=q, mask=m, seed=noise_seed, **options
@@ -369,7 +367,8 @@ def similarity(
             of them).
         temperature: of the soft value whose gradient the sampled D carries, > 0.
         return_kept_fraction: also return mean_i D_i per pair, for the ratio loss.
-        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch).
+        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch). One caption and, native,
+            one image per thread are held in any case.
         backend: ``"auto"``, ``"torch"`` or ``"native"``; see the module's description.
 
     Returns:
@@ -469,7 +468,8 @@ def similarity_pairwise(
         sampling: ``"gumbel"`` or ``"topk"``.
         temperature: of the soft value, > 0.
         return_kept_fraction: also return mean_i D_i per pair.
-        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch).
+        chunk: scratch memory in bytes; None for 24 MiB (native) or 48 MiB (torch). One caption and, native,
+            one image per thread are held in any case.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Returns:

@@ -116,7 +116,7 @@ def _similarity_cpu(
     save_for_backward: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _refuse_wrong_rank(patches, words, logits, prefix)
+    _refuse_unfit(patches, words, logits, prefix, num_prefix_tokens)
     outputs = _forward_outputs(patches, words, logits, prefix, pairwise, num_prefix_tokens, save_for_backward)
     scores, kept_fraction, selection, best_token, best_word = outputs
     _laps.similarity_forward(
@@ -140,11 +140,18 @@ def _similarity_cpu(
     return outputs
 
 
-def _refuse_wrong_rank(patches: Tensor, words: Tensor, logits: Tensor, prefix: Tensor | None) -> None:
+def _refuse_unfit(
+    patches: Tensor, words: Tensor, logits: Tensor, prefix: Tensor | None, num_prefix_tokens: int
+) -> None:
     # The outputs are allocated from these shapes before Rust, which checks all else, sees the inputs.
     for name, tensor in (("patches", patches), ("words", words), ("logits", logits), ("prefix", prefix)):
         if tensor is not None and tensor.dim() != 3:
             raise LapsValueError(message("similarity", f"{name} has the wrong rank", "3", tensor.dim()))
+    if num_prefix_tokens and not 0 < num_prefix_tokens < patches.shape[1]:
+        expected = f"fewer than the {patches.shape[1]} rows of patches"
+        raise LapsValueError(
+            message("similarity", "num_prefix_tokens do not fit", expected, num_prefix_tokens)
+        )
 
 
 def _similarity_fake(
@@ -162,6 +169,7 @@ def _similarity_fake(
     save_for_backward: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _refuse_unfit(patches, words, logits, prefix, num_prefix_tokens)
     return _forward_outputs(patches, words, logits, prefix, pairwise, num_prefix_tokens, save_for_backward)
 
 

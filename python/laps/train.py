@@ -54,7 +54,7 @@ PUBLISHED_AUGMENT = 0.2
 
 
 class TrainingStoppedError(LapsError):
-    """Training ended early: on a signal (a checkpoint was written), or because the loss is not finite.
+    """Training ended early: on a signal (what was learned is saved), or because the loss is not finite.
 
     Attributes:
         signal_number: the signal; None where the loss or its gradient was not finite.
@@ -144,13 +144,11 @@ class Trainer:
             raise LapsValueError(
                 _check.message("Trainer", "model has no tokenizer", "LAPS(..., tokenizer=...)")
             )
+        self.device = choose_device("Trainer", self.config.device)
+        augment = _augment(self.config.augment, model.tokenizer)
         # Before the first epoch, not in the midst of it. Reading all training images would take too long.
         on_error, shown = self.config.on_error, self.config.progress
         train_data = usable("Trainer", train_data, model.tokenizer, on_error=on_error, read_images=False)
-        if dev_data is not None:
-            dev_data = usable(
-                "Trainer", dev_data, model.tokenizer, on_error=on_error, read_images=True, progress=shown
-            )
         if train_data.num_captions < self.config.batch_size:
             raise LapsValueError(
                 _check.message(
@@ -159,15 +157,18 @@ class Trainer:
                     f"at least batch_size={self.config.batch_size}",
                 )
             )
+        if dev_data is not None:
+            dev_data = usable(
+                "Trainer", dev_data, model.tokenizer, on_error=on_error, read_images=True, progress=shown
+            )
         self.model, self.train_data, self.dev_data = model, train_data, dev_data
         self.folder = Path(folder)
-        self.device = choose_device("Trainer", self.config.device)
         self.dataset = CaptionDataset(
             train_data,
             model.tokenizer,
             model.transform,
             seed=self.config.seed,
-            augment=_augment(self.config.augment, model.tokenizer),
+            augment=augment,
             on_error=self.config.on_error,
         )
         self.sampler = EpochSampler(len(self.dataset), self.config.seed)
@@ -190,7 +191,7 @@ class Trainer:
         Raises:
             LapsValueError: the folder holds a run and `resume` is False, or a run with other options (named),
                 a broken file (named), or another process trains in it now.
-            TrainingStoppedError: SIGTERM or Ctrl-C (a checkpoint was written), or a loss that is not finite.
+            TrainingStoppedError: SIGTERM or Ctrl-C (what was learned is saved), or a loss that is not finite.
             OSError: a checkpoint could not be written; the one before it is still there.
         """
         config = self.config
@@ -238,7 +239,7 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
 
         with self._bar() as bar:
-            for batch in batches_of(start_workers(loader)):
+            for batch in self._batches(loader, optimizer):
                 self._saved = False
                 loss, values = self._forward(batch)
                 # The last group of an epoch may be a smaller one.
@@ -277,6 +278,23 @@ class Trainer:
         self._write_log()
         if progress.epoch < config.epochs:
             self._stop_if_asked()
+
+    def _batches(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer) -> Iterator[Batch]:
+        """The batches of the epoch that are left."""
+        batches = iter(batches_of(start_workers(loader)))
+        while True:
+            try:
+                batch = next(batches, None)
+            except RuntimeError:
+                # The signal that asks the run to stop may have gone to all its processes and have ended a
+                # fork server, without which workers end too.
+                if self._stop_signal is not None and self.progress.batch % self.config.accumulation == 0:
+                    self._save(optimizer, time.perf_counter())
+                self._stop_if_asked()
+                raise
+            if batch is None:
+                return
+            yield batch
 
     def _set_learning_rates(self, optimizer: torch.optim.Optimizer) -> None:
         """For the step that follows; computed and not counted, so that a resumed run has the same."""

@@ -351,6 +351,10 @@ pub(super) fn similarity_backward(
     let mut grad_prefix = maybe(out_grad_prefix, "out_grad_prefix")?;
     let mut grad_keep_prob = maybe(out_grad_keep_prob, "out_grad_keep_prob")?;
     let mut grad_mask = maybe(out_grad_mask, "out_grad_mask")?;
+    if arguments.prefix_rows > 0 && grad_prefix.is_some() {
+        let expected = "none beside num_prefix_tokens: these rows of out_grad_patches";
+        return Err(LapsError::value(operation, "out_grad_prefix", expected, "one").into());
+    }
     let outputs = [&grad_patches, &grad_words, &grad_logits].into_iter();
     arguments.check_outputs(outputs.chain(&grad_prefix).chain(&grad_keep_prob).chain(&grad_mask))?;
     with_float!(operation, arguments.patches, T => {
@@ -365,9 +369,16 @@ pub(super) fn similarity_backward(
             let grad_fraction = grad_fraction.as_ref().map(|g| load_grads::<T>(g, pairs)).transpose()?;
             arguments.with_input::<T, _>(stop, |input| {
                 // Gradients that nobody wants still have a place to go.
+                let (got, expected) = (grad_patches.shape(), arguments.patches.shape());
+                if got != expected {
+                    let (expected, got) = (slimming::shape(&expected), slimming::shape(&got));
+                    return Err(LapsError::shape(operation, "out_grad_patches", expected, got));
+                }
                 let (leading, patches) =
                     grad_patches.output::<T, Ix3>()?.split_at(Axis(1), arguments.prefix_rows);
-                let mut unwanted_prefix = Array3::zeros(input.prefix.dim());
+                let apart = if arguments.prefix_rows > 0 { 0 } else { input.prefix.dim().1 };
+                let (images, _, channels) = input.prefix.dim();
+                let mut unwanted_prefix = Array3::zeros((images, apart, channels));
                 let prefix = match &mut grad_prefix {
                     Some(prefix) => prefix.output::<T, Ix3>()?,
                     None if arguments.prefix_rows > 0 => leading,

@@ -1,7 +1,8 @@
-//! The one inner kernel of the method, and the choice of the instruction set that it runs on.
+//! The two inner kernels of the method, and the choice of the instruction set that they run on.
 //!
-//! Every product that LAPS needs for a pair (patches x words, weights x products, weights x Gram matrix, and all
-//! products of the backward pass) is a [`combine`]: output rows that are weighted sums of input rows.
+//! Products of rows with rows (patches x words, patches x patches, patches x directions) are [`row_products`]. All others
+//! (weights x products, weights x Gram matrix, gradients) are a [`combine`]: output rows that are weighted sums of input
+//! rows.
 
 // Register blocks are indexed like the matrices that they are.
 #![allow(clippy::needless_range_loop)]

@@ -73,8 +73,8 @@ impl Blocks {
     ) -> Self {
         let lengths = Lengths::for_texts_per_image(sizes.columns(pairs));
         let row = padded::<T>(sizes.channels) * size_of::<T>();
-        // The words, and in the backward pass their gradients.
-        let per_text = (longest * row * if pair_bytes.is_some() { 2 } else { 1 }).max(1);
+        // The words, in the backward pass their gradients too, and the direction twice.
+        let per_text = (longest * if pair_bytes.is_some() { 2 } else { 1 } + 2) * row;
         let texts = (chunk / 2 / per_text).clamp(1, sizes.texts);
         let weights = (sizes.patches + 1) * padded::<T>(sizes.aggregated);
         let gram = match lengths {

@@ -181,7 +181,7 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
             split = _field(operation, place, row, "split")
         else:
             split = file.stem if file.stem in SPLIT_NAMES else "all"
-        if split in found:
+        if split in found and found[split].files:
             raise LapsValueError(
                 _check.message(operation, f"{place} continues {found[split].name}", "one file per split")
             )

@@ -60,7 +60,7 @@ class Sizes:
         epochs, batch_size: of the training of each model.
     """
 
-    train: int = 2800
+    train: int = 2000
     dev: int = 200
     test: int = 500
     epochs: int = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
@@ -18,7 +19,7 @@ _HEADS: dict[str, type[SimilarityHead]] = {}
 HeadT = TypeVar("HeadT", bound="type[SimilarityHead]")
 
 
-class SimilarityHead(nn.Module):
+class SimilarityHead(nn.Module, ABC):
     """Scores of images against captions, in two steps: what is known of each side alone, then the pairs.
 
     A subclass takes ``(embed_dim, num_patches, *, num_prefix_tokens, ...)``, tells its other options by
@@ -30,27 +31,27 @@ class SimilarityHead(nn.Module):
     num_patches: int
     num_prefix_tokens: int
 
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """The keyword arguments, beside the sizes, that would build this head again; JSON can hold them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_image(self, image_tokens: Tensor) -> ImageFeatures:
         """Everything about images that no caption changes, from tokens (B_v, P + N, C), prefix first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_text(
         self, word_tokens: Tensor, word_lengths: Tensor, spans: list[list[Span]] | None = None
     ) -> TextFeatures:
         """Everything about captions that no image changes, from tokens (B_t, L, C) and lengths (B_t,)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B_v, B_t) of every image with every caption."""
-        raise NotImplementedError
 
+    @abstractmethod
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B,) of image i with caption i."""
-        raise NotImplementedError
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
