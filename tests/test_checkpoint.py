@@ -457,7 +457,7 @@ def test_the_groups_of_another_optimizer_are_refused(
     path = copy(checkpoint, tmp_path) / "state.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps(state | {"optimizer": change(state["optimizer"])}))
-    refused(path.parent / "optimizer.safetensors", "is broken (expected what save_checkpoint writes")
+    refused(path, "is broken (expected what save_checkpoint writes")
 
 
 @pytest.mark.parametrize(

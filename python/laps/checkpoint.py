@@ -146,10 +146,14 @@ def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict
 
 def _check_groups(groups: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> None:
     """Refuse groups of parameters that the optimizer would take and fail with at its next step."""
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(f"{len(groups)} groups of parameters, not {len(optimizer.param_groups)}")
     for group, own in zip(groups, optimizer.param_groups, strict=True):
         absent = sorted(own.keys() - group.keys())
         if absent:
             raise ValueError(f"a group of parameters lacks {', '.join(absent)}")
+        if len(group["params"]) != len(own["params"]):
+            raise ValueError(f"a group has {len(group['params'])} parameters, not {len(own['params'])}")
 
 
 def _check_moments(restored: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
