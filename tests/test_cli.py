@@ -485,7 +485,9 @@ def test_augment_none_leaves_the_captions_alone(
 def test_ctrl_c_while_the_command_imports_is_one_line_and_status_130() -> None:
     # What the console script is made of.
     assert '\nlaps = "laps_command:main"\n' in (TESTS.parent / "pyproject.toml").read_text()
-    code = "import sys; from laps_command import main; sys.exit(main())"
+    # A shell that starts the tests in the background has them ignore the signal.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "from laps_command import main; sys.exit(main())"
     for moment in ("numpy", "torch._tensor", "laps.encoders.image"):
         # The interpreter tells of each import as it is done.
         with subprocess.Popen(
@@ -505,7 +507,8 @@ def test_ctrl_c_while_the_command_imports_is_one_line_and_status_130() -> None:
 
 
 def test_the_console_script_does_what_the_module_does_and_ctrl_c_works_in_it() -> None:
-    code = "import signal, sys, laps_command; status = laps_command.main()\n"
+    code = "import signal, sys, laps_command; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += "status = laps_command.main()\n"
     code += "sys.exit(status or signal.getsignal(signal.SIGINT) is not signal.default_int_handler)"
     done = subprocess.run(
         [sys.executable, "-c", code, "heads", "list"],
