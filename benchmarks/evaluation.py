@@ -236,16 +236,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--torch-captions", type=int, default=1024, help="of the slice (default: %(default)s)"
     )
     parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="(default: %(default)s)"
-    )
-    parser.add_argument(
         "--repetitions", type=int, default=3, help="of a slice; the whole matrix is done once"
     )
     parser.add_argument("--quick", action="store_true", help="128 x 256 pairs, one repetition, no memory")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument(
-        "--output", type=Path, help="the JSON to write (default: results/evaluation.json after a full run)"
-    )
+    machine.add_options(parser, "evaluation.json")
     parser.add_argument("--form", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

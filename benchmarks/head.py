@@ -329,15 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="only these forms")
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--captions", type=int, default=64)
-    parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="(default: %(default)s)"
-    )
     parser.add_argument("--repetitions", type=int, default=5, help="rounds (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="two rounds, no memory")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument(
-        "--output", type=Path, help="the JSON to write (default: results/head.json after a full run)"
-    )
+    machine.add_options(parser, "head.json")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

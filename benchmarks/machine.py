@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -59,6 +60,17 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+    """What every benchmark of whole processes takes; `name` is its file among the results."""
+    parser.add_argument(
+        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="(default: %(default)s)"
+    )
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only")
+    parser.add_argument(
+        "--output", type=Path, help=f"the JSON to write (default: results/{name} after a full run)"
+    )
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

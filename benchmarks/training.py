@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import laps
@@ -214,16 +213,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=32, help="pairs in a batch (default: %(default)s)")
     parser.add_argument(
-        "--threads", type=int, default=min(2, os.cpu_count() or 1), help="(default: %(default)s)"
-    )
-    parser.add_argument(
         "--repetitions", type=int, default=2, help="steps of each form (default: %(default)s)"
     )
     parser.add_argument("--quick", action="store_true", help="small encoders, one step, no memory")
-    parser.add_argument("--no-memory", dest="memory", action="store_false")
-    parser.add_argument(
-        "--output", type=Path, help="the JSON to write (default: results/training.json after a full run)"
-    )
+    machine.add_options(parser, "training.json")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

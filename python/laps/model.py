@@ -93,14 +93,7 @@ class LAPS(nn.Module, ModelHubMixin):
                 raise LapsTypeError(
                     _check.message("LAPS", f"{name} has the wrong type", kind.__name__, _check.name_of(part))
                 )
-        for name in ("embed_dim", "num_patches", "num_prefix_tokens"):
-            expected, got = getattr(head, name), getattr(image_encoder, name)
-            if expected != got:
-                raise LapsValueError(
-                    _check.message(
-                        "LAPS", f"image_encoder has {name}={got}, but head has {expected}", "equal"
-                    )
-                )
+        _require_equal(image_encoder, "head", head, "embed_dim", "num_patches", "num_prefix_tokens")
         if text_encoder.embed_dim != head.embed_dim:
             raise LapsValueError(
                 _check.message(
@@ -220,14 +213,7 @@ class LAPS(nn.Module, ModelHubMixin):
     ) -> LAPST:
         """The model around two encoders, or around backbones for them."""
         image_encoder = _image_encoder(config, image_encoder)
-        for name in ("num_patches", "num_prefix_tokens", "image_size"):
-            expected, got = getattr(config, name), getattr(image_encoder, name)
-            if expected != got:
-                raise LapsValueError(
-                    _check.message(
-                        "LAPS", f"image_encoder has {name}={got}, but config has {expected}", "equal"
-                    )
-                )
+        _require_equal(image_encoder, "config", config, "num_patches", "num_prefix_tokens", "image_size")
         head = build_head(
             config.head,
             embed_dim=image_encoder.embed_dim,
@@ -601,6 +587,16 @@ class LAPS(nn.Module, ModelHubMixin):
                 )
             )
         self.load_state_dict(rest, strict=False)
+
+
+def _require_equal(image_encoder: ImageEncoder, other: str, part: object, *names: str) -> None:
+    """Refuse an image encoder whose sizes are not those of the other part."""
+    for name in names:
+        expected, got = getattr(part, name), getattr(image_encoder, name)
+        if expected != got:
+            raise LapsValueError(
+                _check.message("LAPS", f"image_encoder has {name}={got}, but {other} has {expected}", "equal")
+            )
 
 
 def _max_score(head: SimilarityHead) -> float:
