@@ -4,9 +4,9 @@
     python -m benchmarks.demo --seeds 1      # one of them; what the file holds of the others stays
 
 How it is measured. A seed decides the scenes, the first weights and the order of training. Everything else is
-what `laps demo` does: both models have the same encoders with the same first weights, data, order, number of
-steps and optimizer, and each its own head and temperature; of the epochs the best by the development scenes
-is evaluated on the test scenes. The result is written after every seed.
+what `laps demo` does: a global embedding teaches the encoders, and both models go on from them with the same
+data, order, number of steps, loss and optimizer, each with its own head; of the epochs the best by the
+development scenes is evaluated on the test scenes. The result is written after every seed.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
         "metrics": {head: measured.evaluations[head].metrics for head in HEADS},
         "lookalikes": measured.lookalikes,
         "chance": chance(measured.test),
+        "pretraining": measured.pretrained.history,
         "history": {head: measured.trained[head].history for head in HEADS},
         "seconds": measured.seconds,
         "cpu_seconds": measured.cpu_seconds,

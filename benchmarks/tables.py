@@ -276,8 +276,9 @@ def scenes_table(result: Result) -> str:
     )
     chance = next(iter(seeds.values()))["chance"]["rsum"]
     return (
-        f"`laps demo` with several seeds: {sizes['train']:,} training scenes, {sizes['epochs']} epochs, both "
-        f"models trained alike; {sizes['test']:,} held-out scenes with {5 * sizes['test']:,} captions "
+        f"`laps demo` with several seeds: {sizes['train']:,} training scenes; both models start from the "
+        f"same encoders ({sizes['pretraining_epochs']} epochs with a global embedding) and train alike for "
+        f"{sizes['epochs']} more; {sizes['test']:,} held-out scenes with {5 * sizes['test']:,} captions "
         f"(chance: rSum {chance:.1f}). {lead}Look-alikes: pairs of scenes that differ in one attribute, told "
         f"apart by a caption (chance: 50 %).\n\n{markdown(header, rows)}\n\n{machine_line(result)}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def seed(laps: float, vse: float) -> dict[str, Any]:
 
 
 def result(seeds: dict[str, Any]) -> dict[str, Any]:
-    sizes = {"train": 2500, "dev": 200, "test": 500, "epochs": 3, "batch_size": 64}
+    sizes = {"train": 2500, "dev": 200, "test": 500, "pretraining_epochs": 2, "epochs": 3}
     return {"machine": MACHINE, "settings": {"sizes": sizes}, "seeds": seeds, "summary": demo.summary(seeds)}
 
 
@@ -63,11 +64,10 @@ def test_seeds_of_other_settings_are_not_kept(tmp_path: Path) -> None:
 
 def test_one_seed_runs_and_a_second_one_joins_it(tmp_path: Path) -> None:
     output = tmp_path / "scenes.json"
-    sizes = Sizes(train=8, dev=4, test=4, epochs=1, batch_size=8)
+    sizes = Sizes(train=8, dev=4, test=4, pretraining_epochs=1, epochs=1, batch_size=8)
     arguments = ["--output", str(output)]
-    for name in ("train", "dev", "test", "epochs"):
-        arguments += [f"--{name}", str(getattr(sizes, name))]
-    arguments += ["--batch-size", "8"]
+    for name, value in asdict(sizes).items():
+        arguments += [f"--{name.replace('_', '-')}", str(value)]
 
     for number in (1, 0):
         assert demo.main([*arguments, "--seeds", str(number)]) == 0
@@ -76,5 +76,5 @@ def test_one_seed_runs_and_a_second_one_joins_it(tmp_path: Path) -> None:
     assert list(written["seeds"]) == ["0", "1"]
     for entry in written["seeds"].values():
         assert set(entry["metrics"]) == set(HEADS)
-        assert set(entry["seconds"]) >= {"train laps", "train vse"}
+        assert set(entry["seconds"]) >= {"pretrain", "train laps", "train vse"}
     assert tables.scenes_table(written)

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from laps import LAPS, LapsValueError
 from laps.data import RetrievalData, load, make_scenes
 from laps.data.scene_facts import is_true
-from laps.demo import run
+from laps.demo import recipe, run
 from laps.demo.lookalikes import QUERIES, Lookalike, TestScenes, rank_accuracy
 from laps.demo.matching import match
 from laps.demo.measure import measure
@@ -31,7 +32,7 @@ from laps.evaluation import evaluate
 from laps.metrics import retrieval_metrics
 from PIL import Image
 
-SIZES = Sizes(train=16, dev=4, test=16, epochs=1, batch_size=16)
+SIZES = Sizes(train=16, dev=4, test=16, pretraining_epochs=1, epochs=1, batch_size=16)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -187,8 +188,26 @@ def test_ctrl_c_leaves_the_old_report_and_no_scraps(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "scenes"]
 
 
+def test_both_models_go_on_from_the_same_encoders(
+    done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_data, dev_data = (load(done.file, split) for split in ("train", "dev"))
+    learn = partial(recipe.train, sizes=SIZES, seed=3, progress=False)
+    start = learn(recipe.PRETRAINING_HEAD, train_data, dev_data, tmp_path / "start").model
+    monkeypatch.setattr(recipe, "TRAINING_RATE", 1e-12)
+
+    for head in HEADS:
+        model = learn(head, train_data, dev_data, tmp_path / head, start=start).model
+        for ours, theirs in (
+            (model.image_encoder, start.image_encoder),
+            (model.text_encoder, start.text_encoder),
+        ):
+            for name, weights in theirs.named_parameters():
+                torch.testing.assert_close(ours.get_parameter(name), weights, atol=1e-6, rtol=1e-6)
+
+
 def test_scenes_of_another_seed_are_drawn_anew(tmp_path: Path) -> None:
-    sizes = Sizes(train=4, dev=4, test=4, epochs=1, batch_size=4)
+    sizes = Sizes(train=4, dev=4, test=4, pretraining_epochs=1, epochs=1, batch_size=4)
     earlier = make_scenes(tmp_path / "scenes", num_train=12, num_dev=4, num_test=4, seed=7, workers=1)
 
     measured = measure(tmp_path, seed=8, sizes=sizes, progress=False)

@@ -16,7 +16,7 @@ from ..data import RetrievalData, load, make_scenes
 from ..errors import LapsValueError
 from ..evaluation import Evaluation, evaluate
 from .lookalikes import TestScenes, rank_accuracy
-from .recipe import HEADS, TITLES, Sizes, Trained, train
+from .recipe import HEADS, PRETRAINING_HEAD, TITLES, Sizes, Trained, train
 
 __all__ = ["Measured", "measure"]
 
@@ -29,6 +29,7 @@ class Measured:
         seed, sizes: what was asked for.
         file: dataset.json.
         test, scenes: its split "test", and the annotations of that.
+        pretrained: what the encoders of both models started from.
         trained, evaluations: the models, and what they reach on `test`.
         lookalikes: percentage of look-alikes told apart, see :func:`laps.demo.lookalikes.rank_accuracy`.
         seconds: per phase.
@@ -40,6 +41,7 @@ class Measured:
     file: Path
     test: RetrievalData
     scenes: TestScenes
+    pretrained: Trained
     trained: dict[str, Trained] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     lookalikes: dict[str, float] = field(default_factory=dict)
@@ -48,7 +50,9 @@ class Measured:
 
 
 def measure(out: Path, *, seed: int, sizes: Sizes, progress: bool) -> Measured:
-    """Draw the scenes of a seed, train both models and evaluate them; `out` keeps the scenes only.
+    """Draw the scenes of a seed, train encoders, and from there both models, and evaluate them.
+
+    `out` keeps the scenes only.
 
     Raises:
         LapsValueError: ``out/scenes`` holds something else.
@@ -58,11 +62,14 @@ def measure(out: Path, *, seed: int, sizes: Sizes, progress: bool) -> Measured:
     with timed(seconds, "scenes", "drawing scenes"):
         file = _draw(out / "scenes", sizes, seed, progress)
     train_data, dev_data, test = (load(file, split) for split in ("train", "dev", "test"))
-    measured = Measured(seed, sizes, file, test, TestScenes(file, test), seconds=seconds)
+    learn = partial(train, sizes=sizes, seed=seed, progress=progress)
+    with timed(seconds, "pretrain", "training: the encoders of both models"), _scratch(out) as folder:
+        start = learn(PRETRAINING_HEAD, train_data, dev_data, folder)
+    measured = Measured(seed, sizes, file, test, TestScenes(file, test), start, seconds=seconds)
     pairs = measured.scenes.lookalikes()
     for head in HEADS:
         with timed(seconds, f"train {head}", f"training: {TITLES[head]}"), _scratch(out) as folder:
-            trained = train(head, train_data, dev_data, folder, sizes=sizes, seed=seed, progress=progress)
+            trained = learn(head, train_data, dev_data, folder, start=start.model)
         with timed(seconds, f"evaluate {head}", f"evaluating: {TITLES[head]}"):
             result = evaluate(trained.model, test, progress=progress)
         measured.trained[head], measured.evaluations[head] = trained, result

@@ -87,6 +87,7 @@ def _summary(measured: Measured) -> str:
         "<p>Two small models learnt to match pictures with sentences, on "
         f"{measured.sizes.train:,} drawn scenes with five captions each. One compares <em>patches of the "
         "picture with words</em> (LAPS), the other <em>one vector with one vector</em> (global embedding). "
+        "Both began with the same encoders, which a global embedding had taught to see and to read. "
         f"They were then tested on {measured.test.num_images:,} scenes and {measured.test.num_captions:,} "
         "captions that neither had seen.</p>"
         '<div class="figures">'
@@ -121,7 +122,8 @@ def _results(measured: Measured) -> str:
 
 
 def _training(measured: Measured) -> str:
-    history = {TITLES[head]: measured.trained[head].history for head in HEADS}
+    start = measured.pretrained.history
+    history = {TITLES[head]: start + measured.trained[head].history for head in HEADS}
     drawings = [
         pictures.curves(
             f"rSum on {measured.sizes.dev:,} other scenes, by epoch",
@@ -140,8 +142,9 @@ def _training(measured: Measured) -> str:
         "Training",
         f'<div class="curves">{"".join(f"<figure>{drawing}</figure>" for drawing in drawings)}</div>'
         f'<p class="legend">{legend}</p>'
-        "<p>The same loss for both (InfoNCE), but of scores that differ in scale (those of LAPS span twice "
-        "the range of cosines), so its heights cannot be compared; the rSum can.</p>",
+        f"<p>Until epoch {len(start)} there is one model, whose encoders both then go on from. The same loss "
+        "for both (InfoNCE), but of scores that differ in scale (those of LAPS span twice the range of "
+        "cosines), so its heights cannot be compared; the rSum can.</p>",
     )
 
 
@@ -234,8 +237,9 @@ def _matchings(measured: Measured, rng: random.Random) -> str:
     which = f"among those whose scene LAPS ranks among the first {FOUND}" if pool is found else "among all"
     return _section(
         "Which patches matched which word",
-        f"<p>LAPS keeps {model.head.options()['selection_ratio']:.0%} of the patches, chosen by the picture "
-        "and the sentence (the others are dark; they are not lost, but form one token together), gathers "
+        f"<p>LAPS keeps {model.head.options()['selection_ratio']:.0%} of the patches, by a learnt score and "
+        "by their likeness to the picture and the sentence (the others are dark; they are not lost, but form "
+        "one token together), gathers "
         "them into tokens, and lets every word find its best token. Orange: the patches in that token; below "
         "it, the cosine of word and token. "
         f"Pairs drawn at random {which}. After a training of minutes this shows how the method works; "
@@ -278,10 +282,12 @@ def _how(measured: Measured) -> str:
     took = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in measured.seconds.items())
     facts = {
         "models": f"a small residual network ({encoder.image_size} pixels, {encoder.num_patches} patches) "
-        "and a small BERT, from random weights; the encoders, their first weights, the data, its order, the "
-        f"steps and the optimizer are the same for both, the heads differ. Weights: {weights}",
-        "training": f"{trained.steps:,} steps of {sizes.batch_size} pairs, {sizes.epochs} epochs of "
-        f"{sizes.train:,} scenes; AdamW, one cycle of the learning rate, InfoNCE; of the epochs the best by "
+        "and a small BERT; the encoders, where they start from, the data, its order, the steps and the "
+        f"optimizer are the same for both, the heads differ. Weights: {weights}",
+        "training": f"encoders from random weights in {measured.pretrained.steps:,} steps of "
+        f"{sizes.batch_size} pairs ({sizes.pretraining_epochs} epochs of {sizes.train:,} scenes) with a "
+        f"global embedding; from there each model in {trained.steps:,} steps ({sizes.epochs} epochs); AdamW, "
+        "one cycle of the learning rate, InfoNCE; of the epochs the best by "
         f"{sizes.dev:,} development scenes",
         "time": f"{took}; {measured.cpu_seconds:.0f} s of processor time in all",
         "machine": f"{_processor()}, {os.cpu_count()} processors, {torch.get_num_threads()} threads, "
