@@ -42,7 +42,8 @@ $(VENV)/.stamp-venv:
 
 $(VENV)/.stamp-tools: pyproject.toml $(VENV)/.stamp-venv
 	@echo '[venv] installing torch $(TORCH) and the tools (the first time: about 5 GB on disk)'
-	@$(PIP) install 'torch==$(TORCH)' --group dev
+	@# torchvision here, or installing the package would bring the newest, and that another torch.
+	@$(PIP) install 'torch==$(TORCH)' torchvision --group dev
 	@touch $@
 
 $(VENV)/.stamp-native: $(RUST) $(VENV)/.stamp-tools
