@@ -66,7 +66,7 @@ test: test-rust test-python
 
 test-rust:
 	@echo '[test] cargo test'
-	@cargo test --locked --quiet
+	@cargo test --locked --quiet --features cuda
 
 test-python: venv
 	@echo '[test] pytest'
@@ -76,8 +76,8 @@ lint: venv
 	@echo '[lint] cargo fmt, clippy, doc'
 	@cargo fmt --check
 	@cargo clippy --locked --quiet --all-targets -- --deny warnings
-	@cargo clippy --locked --quiet --all-targets --features python -- --deny warnings
-	@RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps
+	@cargo clippy --locked --quiet --all-targets --features python,cuda -- --deny warnings
+	@RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda
 	@echo '[lint] ruff, mypy, stubs, tables'
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet

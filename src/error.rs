@@ -14,6 +14,9 @@ pub enum LapsError {
     /// A kind of object or element that is not taken.
     #[error("{operation}: {argument} has the wrong type (expected {expected}, got {got})")]
     Type { operation: &'static str, argument: &'static str, expected: String, got: String },
+    /// A device, or the software that drives it, that cannot do what is asked.
+    #[error("{operation}: {problem} (expected {expected}, got {got})")]
+    Device { operation: &'static str, problem: String, expected: String, got: String },
     /// Another thread asked the operation to stop.
     #[error("{operation}: interrupted")]
     Interrupted { operation: &'static str },
@@ -45,5 +48,19 @@ impl LapsError {
         got: impl ToString,
     ) -> Self {
         Self::Type { operation, argument, expected: expected.to_string(), got: got.to_string() }
+    }
+
+    pub fn device(
+        operation: &'static str,
+        problem: impl ToString,
+        expected: impl ToString,
+        got: impl ToString,
+    ) -> Self {
+        Self::Device {
+            operation,
+            problem: problem.to_string(),
+            expected: expected.to_string(),
+            got: got.to_string(),
+        }
     }
 }

@@ -37,8 +37,11 @@
 //! # Ok::<(), laps::LapsError>(())
 //! ```
 //!
-//! Features: `python` builds the extension module of the Python package `laps`.
+//! Features: `python` builds the extension module of the Python package `laps`; `cuda` adds the kernels for NVIDIA GPUs,
+//! which need nothing of CUDA to build.
 
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod error;
 #[cfg(feature = "python")]
 mod python;

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import torch
 
-from . import _laps, functional
+from . import _cuda, _laps, functional
 
 __all__ = ["Info", "info"]
 
@@ -77,7 +77,7 @@ def info() -> Info:
         backends={
             "native": True,
             "torch": True,
-            "cuda": "not built yet (CUDA tensors take the torch backend)",
+            "cuda": _cuda.state(),
         },
         default_backend=functional.default_backend("info"),
     )

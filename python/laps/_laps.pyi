@@ -8,6 +8,8 @@ here; wrong arguments raise :class:`laps.LapsValueError` or :class:`laps.LapsTyp
 while the work is done.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, final
 
 import numpy as np
@@ -19,6 +21,12 @@ __all__ = [
     "align_patches_words",
     "build_info",
     "calibrate_patches",
+    "cuda_backward",
+    "cuda_compile",
+    "cuda_configure",
+    "cuda_forward",
+    "cuda_info",
+    "cuda_warps_per_image",
     "max_sim",
     "select_patches",
     "selection_scores",
@@ -131,3 +139,13 @@ def align_patches_words(
     num_threads: int,
 ) -> tuple[npt.NDArray[np.floating[Any]], npt.NDArray[np.floating[Any]]]: ...
 def build_info() -> dict[str, object]: ...
+
+# Parameters named `launch` and `gradient` are laps._cuda's; their tensors are on the GPU.
+def cuda_configure(nvrtc: Sequence[Path]) -> None: ...
+def cuda_info() -> dict[str, object]: ...
+def cuda_compile(nvrtc: Sequence[Path], architecture: int) -> list[tuple[str, str]]: ...
+def cuda_warps_per_image(device: int, element: str, launch: object) -> int: ...
+def cuda_forward(device: int, stream: int, element: str, tf32: bool, launch: object) -> None: ...
+def cuda_backward(
+    device: int, stream: int, element: str, tf32: bool, launch: object, gradient: object
+) -> None: ...

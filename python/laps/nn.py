@@ -297,7 +297,8 @@ class LAPSHead(SimilarityHead):
         score: ``"cosine"``, or ``"dot"`` as equation 2 prints.
         sampling: ``"gumbel"`` or ``"topk"`` (keeps the budget exactly); paper variant in training.
         temperature: of the Gumbel softmax, > 0.
-        chunk: scratch memory of a call in bytes; None for 24 MiB (native) or 48 MiB (torch). One caption and,
+        chunk: scratch memory of a call in bytes; None for 24 MiB (native), 48 MiB (torch), on a GPU
+            1 GiB forward and 192 MiB backward (native). One caption and,
             native, one image per thread are held in any case.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 

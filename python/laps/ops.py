@@ -3,8 +3,10 @@
 
 Importing this module registers schema, CPU kernel, fake kernel, autograd and autocast, so that the operators
 work under ``torch.compile(fullgraph=True)``, AOT autograd, checkpointing, autocast and DDP. They are the
-layer beneath :mod:`laps.functional`, which checks arguments and should be called instead; here all floating
-tensors have one dtype (float32 or float64), and the rest is checked by the Rust core.
+layer beneath :mod:`laps.functional`, which checks arguments and should be called instead. On the CPU all
+floating tensors have one dtype (float32 or float64), and the rest is checked by the Rust core. On a GPU
+patches, words and prefix have one dtype (float32, float16 or bfloat16), which is the one that products are
+computed in; scores are float32.
 
 ``similarity`` returns five tensors: the scores, the kept fraction, and what the backward pass needs beside
 the inputs (selection bits and arg-maxes; of shape (0,) with ``save_for_backward=False``). Gradients of
@@ -20,7 +22,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import _laps
+from . import _laps, cuda_backend
 from ._check import message
 from .errors import LapsTypeError, LapsValueError
 
@@ -98,7 +100,9 @@ def _forward_outputs(
     selection, best_token, best_word = (
         patches.new_empty((*pairs, size) if save_for_backward else (0,), dtype=dtype) for size, dtype in saved
     )
-    return patches.new_empty(pairs), patches.new_empty(pairs), selection, best_token, best_word
+    dtype = torch.float32 if _is_half(patches) else patches.dtype
+    scores, kept_fraction = (patches.new_empty(pairs, dtype=dtype) for _ in range(2))
+    return scores, kept_fraction, selection, best_token, best_word
 
 
 def _similarity_cpu(
@@ -138,6 +142,41 @@ def _similarity_cpu(
         best_word if save_for_backward else None,
     )
     return outputs
+
+
+def _similarity_cuda(
+    patches: Tensor,
+    words: Tensor,
+    word_lengths: Tensor,
+    logits: Tensor,
+    prefix: Tensor | None,
+    keep_prob: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    *,
+    pairwise: bool = False,
+    num_prefix_tokens: int = 0,
+    save_for_backward: bool = True,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _refuse_unfit(patches, words, logits, prefix, num_prefix_tokens)
+    _refuse_elements(patches, words, prefix)
+    outputs = _forward_outputs(patches, words, logits, prefix, pairwise, num_prefix_tokens, save_for_backward)
+    cuda_backend.forward(
+        cuda_backend.Inputs(patches, words, word_lengths, logits, prefix, keep_prob, mask, _seed_word(seed)),
+        cuda_backend.Options(pairwise=pairwise, num_prefix_tokens=num_prefix_tokens, **options),
+        outputs,
+    )
+    return outputs
+
+
+def _refuse_elements(patches: Tensor, words: Tensor, prefix: Tensor | None) -> None:
+    for name, tensor in (("patches", patches), ("words", words), ("prefix", prefix)):
+        if tensor is not None and (
+            tensor.dtype not in cuda_backend.ELEMENTS or tensor.dtype != patches.dtype
+        ):
+            expected = "float32, float16 or bfloat16, as patches"
+            raise LapsTypeError(message("similarity", f"{name} has the wrong dtype", expected, tensor.dtype))
 
 
 def _refuse_unfit(
@@ -231,7 +270,9 @@ def _backward_outputs(
 ) -> tuple[Tensor, ...]:
     """Unwritten gradients of the six floating inputs; of shape (0,) for an absent one and for a bool mask."""
     return tuple(
-        patches.new_empty((0,) if tensor is None or not tensor.is_floating_point() else tensor.shape)
+        patches.new_empty((0,))
+        if tensor is None or not tensor.is_floating_point()
+        else torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (patches, words, logits, prefix, keep_prob, mask)
     )
 
@@ -281,6 +322,36 @@ def _similarity_backward_cpu(
         grad_mask if mask is not None and mask.is_floating_point() else None,
     )
     return outputs
+
+
+def _similarity_backward_cuda(
+    patches: Tensor,
+    words: Tensor,
+    word_lengths: Tensor,
+    logits: Tensor,
+    prefix: Tensor | None,
+    keep_prob: Tensor | None,
+    mask: Tensor | None,
+    seed: Tensor | None,
+    selection: Tensor,
+    best_token: Tensor,
+    best_word: Tensor,
+    grad_scores: Tensor,
+    grad_kept_fraction: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    # A backward pass under autocast would round what is summed here.
+    with torch.autocast("cuda", enabled=False):
+        gradients = cuda_backend.backward(
+            cuda_backend.Inputs(
+                patches, words, word_lengths, logits, prefix, keep_prob, mask, _seed_word(seed)
+            ),
+            cuda_backend.Options(**options),
+            (selection, best_token, best_word),
+            grad_scores,
+            grad_kept_fraction,
+        )
+    return tuple(patches.new_empty((0,)) if gradient is None else gradient for gradient in gradients)
 
 
 def _similarity_backward_fake(
@@ -355,6 +426,16 @@ def _autocast(device: str, operator: Callable[..., Any]) -> Callable[..., Any]:
     return kernel
 
 
+def _autocast_cuda(patches: Tensor, words: Tensor, *inputs: Any, **options: Any) -> Any:
+    """The kernels sum in float32 whatever the factors are, so the features keep the dtype that they have."""
+    with torch.autocast("cuda", enabled=False):
+        if patches.dtype != words.dtype:
+            patches, words = patches.float(), words.float()
+        lengths, logits, prefix, *rest = inputs
+        prefix = None if prefix is None else prefix.to(patches.dtype)
+        return torch.ops.laps.similarity(patches, words, lengths, logits, prefix, *rest, **options)
+
+
 def _is_half(value: object) -> bool:
     return isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
 
@@ -363,6 +444,8 @@ def _is_half(value: object) -> bool:
 
 _LIBRARY.impl("similarity", _similarity_cpu, "CPU")
 _LIBRARY.impl("similarity_backward", _similarity_backward_cpu, "CPU")
+_LIBRARY.impl("similarity", _similarity_cuda, "CUDA")
+_LIBRARY.impl("similarity_backward", _similarity_backward_cuda, "CUDA")
 _LIBRARY.impl("max_sim", _max_sim_cpu, "CPU")
 torch.library.register_fake("laps::similarity", _similarity_fake, lib=_LIBRARY)
 torch.library.register_fake("laps::similarity_backward", _similarity_backward_fake, lib=_LIBRARY)
@@ -372,6 +455,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd("laps::similarity_backward", _no_second_derivative, lib=_LIBRARY)
 torch.library.register_autograd("laps::max_sim", _max_sim_has_no_gradient, lib=_LIBRARY)
-for _key, _device in (("AutocastCPU", "cpu"), ("AutocastCUDA", "cuda")):
-    _LIBRARY.impl("similarity", _autocast(_device, torch.ops.laps.similarity), _key)
-    _LIBRARY.impl("max_sim", _autocast(_device, torch.ops.laps.max_sim), _key)
+_LIBRARY.impl("similarity", _autocast("cpu", torch.ops.laps.similarity), "AutocastCPU")
+_LIBRARY.impl("max_sim", _autocast("cpu", torch.ops.laps.max_sim), "AutocastCPU")
+_LIBRARY.impl("similarity", _autocast_cuda, "AutocastCUDA")
+_LIBRARY.impl("max_sim", _autocast("cuda", torch.ops.laps.max_sim), "AutocastCUDA")

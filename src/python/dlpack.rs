@@ -4,6 +4,7 @@
 use std::ffi::{c_int, c_void};
 
 pub(super) const CPU: i32 = 1;
+pub(super) const CUDA: i32 = 2;
 pub(super) const READ_ONLY: u64 = 1;
 
 pub(super) const INT: u8 = 0;

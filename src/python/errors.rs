@@ -10,7 +10,7 @@ impl From<LapsError> for PyErr {
         let name = match error {
             LapsError::Shape { .. } | LapsError::Value { .. } => "LapsValueError",
             LapsError::Type { .. } => "LapsTypeError",
-            LapsError::Interrupted { .. } => "LapsError",
+            LapsError::Device { .. } | LapsError::Interrupted { .. } => "LapsError",
         };
         let message = error.to_string();
         Python::attach(|py| {

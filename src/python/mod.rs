@@ -1,5 +1,7 @@
 //! The extension module `laps._laps`: checks, converts, releases the GIL and calls; no algorithm here.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod dlpack;
 mod errors;
 mod gate;
@@ -21,7 +23,8 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     info.set_item("simd", Level::current()?.name())?;
     let available: Vec<&str> = Level::available().into_iter().map(Level::name).collect();
     info.set_item("simd_available", available)?;
-    info.set_item("features", ["python"])?;
+    let features: &[&str] = if cfg!(feature = "cuda") { &["python", "cuda"] } else { &["python"] };
+    info.set_item("features", features)?;
     Ok(info)
 }
 
@@ -29,6 +32,11 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
 mod _laps {
     #[pymodule_export]
     use super::build_info;
+    #[cfg(feature = "cuda")]
+    #[pymodule_export]
+    use super::cuda::{
+        cuda_backward, cuda_compile, cuda_configure, cuda_forward, cuda_info, cuda_warps_per_image,
+    };
     #[pymodule_export]
     use super::options::SimilarityOptions;
     #[pymodule_export]

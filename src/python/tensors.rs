@@ -58,7 +58,7 @@ enum Managed {
     Unversioned(NonNull<dlpack::ManagedTensor>),
 }
 
-/// An imported CPU tensor.
+/// An imported tensor, on the CPU unless [`Tensor::import_on`] said otherwise.
 pub(super) struct Tensor {
     managed: Managed,
     operation: &'static str,
@@ -97,14 +97,44 @@ impl Tensor {
         operation: &'static str,
         argument: &'static str,
     ) -> PyResult<Self> {
+        Self::import_on(object, operation, argument, (dlpack::CPU, 0))
+    }
+
+    /// As [`Tensor::import`], from a device: kind and number, as DLPack has them. What is on a device other than the CPU
+    /// has an [`Tensor::address`] and nothing else.
+    pub(super) fn import_on(
+        object: &Bound<'_, PyAny>,
+        operation: &'static str,
+        argument: &'static str,
+        device: (i32, i32),
+    ) -> PyResult<Self> {
         let exchanged = exchange(object).map_err(|error| refused(object, operation, argument, error))?;
         let managed = match exchanged {
             Some(managed) => managed,
             None => export(object).map_err(|error| refused(object, operation, argument, error))?,
         };
         let tensor = Tensor { managed, operation, argument };
-        tensor.check()?;
+        tensor.check(device)?;
         Ok(tensor)
+    }
+
+    /// The address of its elements, which must be contiguous, of this type and at least `elements` many.
+    pub(super) fn address(&self, element: (u8, u8), elements: usize) -> Result<u64, LapsError> {
+        let dlpack::DataType { code, bits, lanes } = self.raw().dtype;
+        if (code, bits, lanes) != (element.0, element.1, 1) {
+            return Err(self.wrong_type(format!("DLPack type {}:{}", element.0, element.1), self.dtype()));
+        }
+        let shape = self.shape();
+        let in_order =
+            self.strides().iter().zip(contiguous(&shape)).zip(&shape).all(|((&s, e), &d)| s == e || d <= 1);
+        if !in_order {
+            return Err(self.wrong_type("a contiguous tensor", "another"));
+        }
+        if shape.iter().product::<usize>() < elements {
+            let expected = format!("{elements} elements");
+            return Err(LapsError::shape(self.operation, self.argument, expected, slimming::shape(&shape)));
+        }
+        Ok(self.data::<u8>() as u64)
     }
 
     fn raw(&self) -> &dlpack::Tensor {
@@ -129,11 +159,15 @@ impl Tensor {
         LapsError::type_(self.operation, self.argument, expected, got)
     }
 
-    fn check(&self) -> Result<(), LapsError> {
+    fn check(&self, (kind, index): (i32, i32)) -> Result<(), LapsError> {
         let raw = self.raw();
-        if raw.device.kind != dlpack::CPU {
-            let got = format!("DLPack device type {}", raw.device.kind);
-            return Err(self.wrong_type("a CPU tensor", got));
+        if raw.device.kind != kind || (kind != dlpack::CPU && raw.device.index != index) {
+            let name = |kind, index| match kind {
+                dlpack::CPU => "a CPU tensor".to_string(),
+                dlpack::CUDA => format!("a tensor on GPU {index}"),
+                kind => format!("DLPack device type {kind}"),
+            };
+            return Err(self.wrong_type(name(kind, index), name(raw.device.kind, raw.device.index)));
         }
         if raw.ndim < 0 || (raw.ndim > 0 && raw.shape.is_null()) {
             return Err(self.wrong_type("a shape", "none"));
