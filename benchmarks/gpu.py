@@ -27,15 +27,13 @@ if __package__ in (None, ""):
 
 import laps
 import torch
-from laps._loop import published_loop
 from torch import Tensor
 
 from benchmarks import machine
+from benchmarks.head import FORMS, Scores, make_form
 from benchmarks.shapes import SHAPES, Batch, Shape, make_batch, similarity_flops
 
 PARTS = ("correct", "evaluation", "step", "model", "rerank")
-FORMS = ("loop", "torch", "compile", "laps")
-Scores = Callable[[Batch], Tensor]
 
 
 # ---- measuring
@@ -102,31 +100,10 @@ def make_forms(shape: Shape, names: Sequence[str] = FORMS) -> dict[str, tuple[Sc
     """Ways of computing the scores of a batch, each with the module whose weights it uses."""
     forms: dict[str, tuple[Scores, torch.nn.Module]] = {}
     for name in names:
-        torch.manual_seed(0)
-        head = laps.nn.LAPSHead(
-            shape.channels,
-            shape.num_patches,
-            selection_ratio=shape.selection_ratio,
-            aggregation_ratio=shape.aggregation_ratio,
-            num_prefix_tokens=shape.num_prefix_tokens,
-            backend="native" if name == "laps" else "torch",
-        ).cuda()
-        forms[name] = (_form(name, head, shape), head)
+        scores, head = make_form(name, shape)
+        # In place, so that the form computes with the weights on the device.
+        forms[name] = (scores, head.cuda())
     return forms
-
-
-def _form(name: str, head: laps.nn.LAPSHead, shape: Shape) -> Scores:
-    if name == "loop":
-        return lambda batch: published_loop(
-            batch.images,
-            batch.words,
-            batch.lengths,
-            head.aggregation.logits,
-            selection_ratio=shape.selection_ratio,
-            num_prefix_tokens=shape.num_prefix_tokens,
-        )
-    call = torch.compile(head, dynamic=False) if name == "compile" else head
-    return lambda batch: call(batch.images, batch.words, batch.lengths)
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import _cuda, _laps
+from .torch_backend import _even
 
 __all__ = ["ELEMENTS", "Options", "backward", "forward"]
 
@@ -229,12 +230,12 @@ def _power(largest: Tensor) -> Tensor:
     return 4 * torch.frexp(largest).mantissa / largest
 
 
-def _direction(total: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """A sum of vectors (..., C) whose lengths sum to `reach` (..., 1): its direction, zero where they cancel,
-    and its length."""
+def _direction(total: Tensor, reach: Tensor) -> Tensor:
+    """The direction of a sum of vectors (..., C) whose lengths sum to `reach` (..., 1); zero where they
+    cancel."""
     length = total.norm(dim=-1, keepdim=True)
     direction = total / length.clamp(min=torch.finfo(total.dtype).tiny)
-    return torch.where(length > NOISE * reach, direction, 0.0), length
+    return torch.where(length > NOISE * reach, direction, 0.0)
 
 
 def _prepare_images(
@@ -267,7 +268,7 @@ def _prepare_images(
     lengths = wide.norm(dim=-1)
     mean, reach = wide.mean(1), lengths.mean(1, keepdim=True)
     if options.score == "cosine":
-        direction, _ = _direction(mean, reach)
+        direction = _direction(mean, reach)
         text_factor = torch.where(lengths > 0, 1 / lengths, 0.0)
         self_scores = (wide @ direction[..., None]).squeeze(-1) * text_factor
     else:
@@ -347,7 +348,7 @@ def _prepare_texts(inputs: Inputs, options: Options) -> Texts:
     norms = wide.norm(dim=1)
     total = per_text(wide, "sum")
     if options.score == "cosine":
-        direction, size = _direction(total, per_text(norms, "sum")[:, None])[0], None
+        direction, size = _direction(total, per_text(norms, "sum")[:, None]), None
     else:
         # Apart from the direction, which would underflow in halves.
         direction, size = total / counts.clamp(min=1)[:, None], 1 / (c * text_scale)
@@ -420,11 +421,6 @@ def _chunks(
         count = _even(len(texts.count), most)
         starts = range(0, len(texts.count), count)
         yield images, [slice(t, min(t + count, len(texts.count))) for t in starts]
-
-
-def _even(count: int, most: int) -> int:
-    """The size of equal parts of `count`, none above `most` unless that is below 1."""
-    return math.ceil(count / math.ceil(count / max(1, most)))
 
 
 def _images_of(inputs: Inputs, options: Options, own: slice) -> Images:

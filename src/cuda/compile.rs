@@ -100,30 +100,17 @@ impl Build {
     }
 }
 
-macro_rules! nvrtc_functions {
-    ($($field:ident = $symbol:literal: fn($($argument:ty),*);)*) => {
-        struct Functions { $($field: unsafe extern "C" fn($($argument),*) -> Status,)* }
-
-        impl Functions {
-            fn load(library: &Library) -> Result<Self, &'static str> {
-                // SAFETY: the signatures are those of nvrtc.h; the library is kept for good.
-                unsafe { Ok(Functions { $($field: *library.get($symbol.as_bytes()).map_err(|_| $symbol)?,)* }) }
-            }
-        }
-    };
-}
-
-nvrtc_functions! {
-    version = "nvrtcVersion": fn(*mut c_int, *mut c_int);
+functions!(Functions {
+    version = "nvrtcVersion": fn(*mut c_int, *mut c_int) -> Status;
     create = "nvrtcCreateProgram":
-        fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char);
-    compile = "nvrtcCompileProgram": fn(Program, c_int, *const *const c_char);
-    log_size = "nvrtcGetProgramLogSize": fn(Program, *mut usize);
-    log = "nvrtcGetProgramLog": fn(Program, *mut c_char);
-    cubin_size = "nvrtcGetCUBINSize": fn(Program, *mut usize);
-    cubin = "nvrtcGetCUBIN": fn(Program, *mut c_char);
-    destroy = "nvrtcDestroyProgram": fn(*mut Program);
-}
+        fn(*mut Program, *const c_char, *const c_char, c_int, *const *const c_char, *const *const c_char) -> Status;
+    compile = "nvrtcCompileProgram": fn(Program, c_int, *const *const c_char) -> Status;
+    log_size = "nvrtcGetProgramLogSize": fn(Program, *mut usize) -> Status;
+    log = "nvrtcGetProgramLog": fn(Program, *mut c_char) -> Status;
+    cubin_size = "nvrtcGetCUBINSize": fn(Program, *mut usize) -> Status;
+    cubin = "nvrtcGetCUBIN": fn(Program, *mut c_char) -> Status;
+    destroy = "nvrtcDestroyProgram": fn(*mut Program) -> Status;
+});
 
 /// NVIDIA's run-time compiler. It needs no GPU.
 pub struct Nvrtc {

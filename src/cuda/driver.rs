@@ -18,23 +18,6 @@ const MINOR: c_int = 76;
 const SHARED_PER_BLOCK: c_int = 97;
 const FUNCTION_SHARED: c_int = 8;
 
-/// Declares a table of functions and how it is read from a library.
-macro_rules! functions {
-    ($table:ident { $($field:ident = $symbol:literal: fn($($argument:ty),*) -> Status;)* }) => {
-        struct $table { $($field: unsafe extern "C" fn($($argument),*) -> Status,)* }
-
-        impl $table {
-            fn load(library: &Library) -> Result<Self, &'static str> {
-                // SAFETY: the signatures are those of the CUDA headers (cuda.h); the library outlives the table, since
-                // both are kept for good.
-                unsafe {
-                    Ok($table { $($field: *library.get($symbol.as_bytes()).map_err(|_| $symbol)?,)* })
-                }
-            }
-        }
-    };
-}
-
 functions!(Functions {
     init = "cuInit": fn(c_uint) -> Status;
     error_name = "cuGetErrorName": fn(Status, *mut *const c_char) -> Status;

@@ -140,7 +140,7 @@ fn align16(bytes: usize) -> usize {
 }
 
 impl Geometry {
-    /// The same sums as `warp_bytes`, `image_bytes` and `gradient_bytes` of the kernels.
+    /// The same sums as `take_work`, `warp_bytes` and `gradient_bytes` of the kernels.
     pub fn new(device: &Device, call: &Call, element: Element, backward: bool) -> Result<Self, LapsError> {
         let size = |x: i32| x as usize;
         let (stride, slots) = (size(call.stride), size(call.slots));

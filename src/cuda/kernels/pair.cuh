@@ -11,10 +11,6 @@ DEVICE int warp_bytes(const Call& call) {
         (SOFT_MASK ? align16(4 * call.stride) : 0);
 }
 
-DEVICE int image_bytes(const Call& call) {
-    return (call.slots + call.stride) * call.pitch * (int)sizeof(Element);
-}
-
 struct Work {
     Image image;
     PairMemory pair;
