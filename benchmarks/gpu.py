@@ -1,7 +1,7 @@
 """The kernels on an NVIDIA GPU, beside the per-caption loop, batched PyTorch and torch.compile.
 
     python benchmarks/gpu.py --out DIR          # everything, about five minutes; writes DIR/gpu.json
-    python benchmarks/gpu.py --only step        # correct, evaluation, step, model or rerank
+    python benchmarks/gpu.py --only step        # this part anew; the others in gpu.json stay
 
 How it is measured. All forms run in one process on the same random features with the same weights. Times are
 medians of CUDA events around whole calls, Python included, after warm-up calls; memory is the highest that
@@ -13,7 +13,9 @@ evaluation is extrapolated from a slice of it, and marked so.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +35,10 @@ from benchmarks import machine
 from benchmarks.head import FORMS, Scores, make_form
 from benchmarks.shapes import SHAPES, Batch, Shape, make_batch, similarity_flops
 
-PARTS = ("correct", "evaluation", "step", "model", "rerank")
+# Keeps what a part has measured so far.
+Save = Callable[[dict[str, Any]], None]
+# The evaluation takes the longest, and comes last.
+PARTS = ("correct", "step", "model", "rerank", "evaluation")
 
 
 # ---- measuring
@@ -70,6 +75,13 @@ def memory(call: Callable[[], object]) -> int:
 def time_and_memory(call: Callable[[], object], repetitions: int = 5) -> dict[str, Any]:
     """Both of a call."""
     return {"seconds": seconds(call, repetitions), "bytes": memory(call)}
+
+
+def once(call: Callable[[], object]) -> dict[str, Any]:
+    """Time and memory of one call, for what takes long; it must have been warmed up."""
+    took: list[float] = []
+    extra = memory(lambda: took.append(seconds(call, 1, 0)))
+    return {"seconds": took[0], "bytes": extra}
 
 
 def ceilings() -> dict[str, float]:
@@ -110,15 +122,17 @@ def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What was measured, or why it was not: a form that runs out of memory is a result."""
     try:
         return measure()
-    except (RuntimeError, laps.LapsError) as error:
-        torch.cuda.empty_cache()
-        return {"failed": str(error).strip().splitlines()[0][:300]}
+    except (RuntimeError, ImportError, laps.LapsError) as error:
+        # After a fault of the device this fails too.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()
+        return {"failed": (str(error).strip() or type(error).__name__).splitlines()[0][:300]}
 
 
 # ---- parts
 
 
-def correct(options: argparse.Namespace) -> dict[str, Any]:
+def correct(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """Largest differences to the torch backend in float64, of scores and of each gradient's largest entry."""
     result: dict[str, Any] = {}
     for name, shape in SHAPES.items():
@@ -163,7 +177,7 @@ def _difference(shape: Shape, dtype: torch.dtype) -> dict[str, Any]:
     } | {"selections_equal_to_cpu": float((own[2] == saved[2].cpu()).all(-1).double().mean())}
 
 
-def evaluation(options: argparse.Namespace) -> dict[str, Any]:
+def evaluation(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """(a) COCO-5K: 5,000 images x 25,000 captions, features on the device."""
     images, captions = (500, 2500) if options.quick else (5000, 25_000)
     result: dict[str, Any] = {"images": images, "captions": captions}
@@ -183,30 +197,33 @@ def evaluation(options: argparse.Namespace) -> dict[str, Any]:
                     with torch.no_grad():
                         return scores(given)
 
-                def measure(given: Batch = given, whole: bool = whole, call: Any = call) -> dict[str, Any]:
+                def measure(
+                    given: Batch = given, few: Batch = slice_, whole: bool = whole, call: Any = call
+                ) -> dict[str, Any]:
                     pairs = len(given.images) * len(given.words)
-                    took = seconds(call, 3, 1)
-                    rate = pairs / took
+                    if whole:
+                        call(given=few)
+                        measured = once(call)
+                    else:
+                        measured = time_and_memory(call, 3)
+                    whole_seconds = measured["seconds"] * images * captions / pairs
                     return {
-                        "pairs": pairs,
-                        "seconds": took,
-                        "whole_seconds": images * captions / rate,
-                        "extrapolated": not whole,
-                        "bytes": memory(call),
-                    }
+                        "pairs": pairs, **measured, "whole_seconds": whole_seconds, "extrapolated": not whole
+                    }  # fmt: skip
 
                 entry[f"{form} {str(dtype)[6:]}"] = measured = attempt(measure)
                 if whole and "seconds" in measured:
                     flops = similarity_flops(shape, images, captions, int(batch.lengths.sum()))
                     measured["flops_per_s"] = sum(flops.values()) / measured["seconds"]
                 print(f"  {name} {form} {dtype}: {measured}", flush=True)
+                save(result | {name: entry})
             del batch, slice_
             torch.cuda.empty_cache()
         result[name] = entry
     return result
 
 
-def step(options: argparse.Namespace) -> dict[str, Any]:
+def step(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """(b) Forward and backward of the head, ViT-224."""
     shape, result = SHAPES["vit-224"], {}
     for size in (64, 128) if options.quick else (64, 128, 256, 1024):
@@ -231,42 +248,44 @@ def step(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def model(options: argparse.Namespace) -> dict[str, Any]:
+def model(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """(c) A whole step of ViT-B/16 + BERT-base in bf16 autocast, with each form of the head."""
-    from benchmarks import training
-
     size, result = 64, {}
     for form in FORMS:
         if options.quick and form == "compile":
             continue
-        built = training.make_model(options.quick).cuda()
-        head = built.head
-        assert isinstance(head, laps.nn.LAPSHead)
-        head.backend = "native" if form == "laps" else "torch"
-        optimizer = training.make_optimizer(built)
-        batch = training.make_batch(built, size).to("cuda")
-        scores = training.make_form("loop" if form == "loop" else "laps", built)
-        scores = torch.compile(scores, dynamic=False) if form == "compile" else scores
-
-        def call(
-            built: Any = built, scores: Any = scores, batch: Any = batch, optimizer: Any = optimizer
-        ) -> None:
-            optimizer.zero_grad(set_to_none=True)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                images = built.image_encoder(batch.pixel_values)
-                words = built.text_encoder(batch.input_ids, batch.lengths)
-                loss, _ = built.objective(scores(images, words, batch.lengths), batch.image_ids)
-            loss.backward()
-            optimizer.step()
-
-        result[form] = measured = attempt(partial(time_and_memory, call))
+        result[form] = measured = attempt(partial(_model_step, form, size, options.quick))
         print(f"  model {form}: {measured}", flush=True)
-        del built, optimizer, batch, scores, call
         torch.cuda.empty_cache()
     return {"batch": size, **result}
 
 
-def rerank(options: argparse.Namespace) -> dict[str, Any]:
+def _model_step(form: str, size: int, quick: bool) -> dict[str, Any]:
+    # It needs transformers.
+    from benchmarks import training
+
+    built = training.make_model(quick).cuda()
+    head = built.head
+    assert isinstance(head, laps.nn.LAPSHead)
+    head.backend = "native" if form == "laps" else "torch"
+    optimizer = training.make_optimizer(built)
+    batch = training.make_batch(built, size).to("cuda")
+    scores: Any = training.make_form("loop" if form == "loop" else "laps", built)
+    scores = torch.compile(scores, dynamic=False) if form == "compile" else scores
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            images = built.image_encoder(batch.pixel_values)
+            words = built.text_encoder(batch.input_ids, batch.lengths)
+            loss, _ = built.objective(scores(images, words, batch.lengths), batch.image_ids)
+        loss.backward()
+        optimizer.step()
+
+    return time_and_memory(call)
+
+
+def rerank(options: argparse.Namespace, save: Save) -> dict[str, Any]:
     """(d) One query against 1,000 images, features on the device."""
     shape, result = SHAPES["vit-224"], {}
     batch = cuda_batch(shape, 1000, 1, torch.bfloat16)
@@ -295,7 +314,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("benchmarks/gpu.py: torch sees no GPU here", file=sys.stderr)
         return 2
     properties = torch.cuda.get_device_properties(0)
-    result: dict[str, Any] = {
+    file = options.out / "gpu.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if options.only and file.exists() else {}
+    result |= {
         "machine": machine.describe()
         | {"gpu": properties.name, "multiprocessors": properties.multi_processor_count},
         "ceilings": ceilings(),
@@ -304,8 +325,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = {"correct": correct, "evaluation": evaluation, "step": step, "model": model, "rerank": rerank}
     for name in options.only or PARTS:
         print(name, flush=True)
-        result[name] = parts[name](options)
-        machine.write(options.out / "gpu.json", result)
+
+        def save(measured: dict[str, Any], name: str = name) -> None:
+            result[name] = measured
+            machine.write(file, result)
+
+        save(parts[name](options, save))
     return 0
 
 

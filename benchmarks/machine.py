@@ -41,6 +41,7 @@ def describe() -> dict[str, Any]:
     """The machine, the versions and the moment."""
     memory = _field("/proc/meminfo", "MemTotal")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    commit = _first_line("git", "rev-parse", "HEAD")
     changed = _first_line(
         "git", "status", "--porcelain", "--untracked-files=no", "--", "src", "python", "Cargo.toml"
     )
@@ -55,8 +56,8 @@ def describe() -> dict[str, Any]:
         "laps": laps.__version__,
         "laps_build": {key: str(value) for key, value in laps.info().items()},
         "rustc": _first_line("rustc", "-V"),
-        "commit": _first_line("git", "rev-parse", "HEAD"),
-        "commit_is_changed": changed is not None,
+        "commit": commit,
+        "commit_is_changed": None if commit is None else changed is not None,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }

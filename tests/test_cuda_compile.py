@@ -23,11 +23,11 @@ def logs() -> dict[int, list[tuple[str, str]]]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_kernels_compile_without_spills(
+def test_kernels_keep_their_variables_in_registers(
     logs: dict[int, list[tuple[str, str]]], architecture: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(logs[architecture]) == 16
-    spilling = []
+    assert len(logs[architecture]) == 13
+    in_memory = []
     with capsys.disabled():
         print(f"\nsm_{architecture}:", end="")
         for name, log in logs[architecture]:
@@ -36,7 +36,8 @@ def test_kernels_compile_without_spills(
                 for pattern in (r"Used (\d+) registers", r"(\d+) bytes stack frame", r"(\d+) bytes spill")
             )
             print(f"\n  {name}: {registers} registers, {stack} bytes of stack, {spills} spilled", end="")
-            if spills:
-                spilling.append(name)
+            # A stack means variables with an address, which every use then loads from memory.
+            if spills or (stack and "forward" in name):
+                in_memory.append(name)
             assert "warning" not in log, log
-    assert not spilling
+    assert not in_memory

@@ -59,7 +59,7 @@ def run(emulated: dict[str, str], **environment: str) -> str:
         (
             "LAPS_EMULATOR_SHARED_MEMORY",
             "256",
-            "similarity: GPU 0 has too little shared memory for these sizes",
+            "similarity: GPU 0 has too little shared memory for the forward pass",
         ),
     ],
 )

@@ -116,13 +116,15 @@ def tf32_allowed() -> bool:
 
 
 def nvrtc_files() -> list[Path]:
-    """NVRTC in the packages that torch's CUDA builds install, the newest first."""
+    """NVRTC in the packages that torch's CUDA builds install: that of its own CUDA first, then the newest."""
     spec = importlib.util.find_spec("nvidia")
     folders = (
         [] if spec is None or spec.submodule_search_locations is None else spec.submodule_search_locations
     )
     found = (file for folder in folders for file in Path(folder).glob("*/lib/libnvrtc.so.*"))
-    return sorted(found, key=lambda file: [int(part) for part in file.suffix[1:].split(".")], reverse=True)
+    numbered = {file: int(file.suffix[1:]) for file in found if file.suffix[1:].isdigit()}
+    own = (torch.version.cuda or "").split(".")[0]
+    return sorted(numbered, key=lambda file: (str(numbered[file]) == own, numbered[file]), reverse=True)
 
 
 def state() -> bool | str:

@@ -7,6 +7,10 @@ current stream, and nothing waits for the device.
 
 Sizes: b images with N patches and P prefix tokens, t captions, L words, C channels, N_c aggregated tokens. An
 image has rows: its patches, their mean in the stable form, its prefix tokens; zeros pad them to `stride`.
+
+Limits, which the CPU does not have. A token that only patches with logits more than 37 below the best dropped
+patch would form has a score, but no gradient. Where the dropped patches cancel each other to 1e-4 of their
+lengths and less, the fused token has the digits of float32 scores: about 1e-5 there, 1e-3 at 1e-6.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import _cuda, _laps
+from ._check import message
+from .errors import LapsValueError
 from .torch_backend import _even
 
 __all__ = ["ELEMENTS", "Options", "backward", "forward"]
@@ -121,13 +127,19 @@ class Texts:
 def forward(inputs: Inputs, options: Options, outputs: tuple[Tensor, ...]) -> None:
     """Write scores, kept fraction, selection, best token, best word: the operator's; empty ones are not
     wanted."""
+    where = _where(inputs)
+    if inputs.soft_mask:
+        inputs, where = _widened(inputs)
     texts = _prepare_texts(inputs, options)
     for images, parts in _chunks(inputs, options, texts, backward=False):
         for part in parts:
             products, text_products = _products(images, texts, part, options)
             mode = _mode(inputs, options)
             launch = _launch(inputs, options, images, texts, part, products, text_products, outputs, mode)
-            _laps.cuda_forward(*_where(inputs), launch)
+            _laps.cuda_forward(*where, launch)
+            # Before the next part is made: torch hands its memory out again in the order of the stream.
+            del products, text_products, launch
+        del images
 
 
 def backward(
@@ -138,17 +150,9 @@ def backward(
     grad_fraction: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of patches, words, logits, prefix, keep_prob and mask; None for what is not there."""
-    element = inputs.patches.dtype
     grad_scores = grad_scores.float().contiguous()
     grad_fraction = grad_fraction.float().contiguous() if grad_fraction is not None and inputs.soft else None
-    loss_scale: Tensor | float = 1.0
-    if element == torch.float16:
-        # Gradients are as small as they are; halves are not.
-        given = [grad_scores] if grad_fraction is None else [grad_scores, grad_fraction]
-        largest = torch.stack([g.abs().amax() for g in given]).amax()
-        loss_scale = _power(torch.where(largest.isfinite() & (largest > 0), largest, 1.0))
-        grad_scores = grad_scores * loss_scale
-        grad_fraction = None if grad_fraction is None else grad_fraction * loss_scale
+    given, (inputs, where) = inputs, _widened(inputs)
     texts = _prepare_texts(inputs, options)
     d_words = torch.zeros(texts.words.shape, dtype=torch.float32, device=texts.words.device)
     poisoned_texts = torch.zeros(len(texts.count), dtype=torch.bool, device=texts.words.device)
@@ -165,7 +169,6 @@ def backward(
         for part in parts:
             products, text_products = _products(images, texts, part, options)
             launch = _launch(inputs, options, images, texts, part, products, text_products, outputs, mode)
-            where = _where(inputs)
             if sums is None:
                 warps = _laps.cuda_warps_per_image(where[0], where[2], launch)
                 sums = _Sums.zeros(images, warps, keep=inputs.keep_prob is not None)
@@ -191,28 +194,28 @@ def backward(
             if d_mask is not None and gradient.grad_mask is not None:
                 own = slice(images.first, images.first + launch.images)
                 d_mask[own if options.pairwise else (own, part)] = gradient.grad_mask
+            # As in `forward`.
+            del products, text_products, launch, tokens, gradient
         assert sums is not None
         gradients.append(sums.finish(images, inputs))
+        del images, sums
     d_patches = torch.cat([part[0] for part in gradients])
     d_logits = torch.cat([part[1] for part in gradients])
     d_prefix, d_keep = (_joined([part[i] for part in gradients]) for i in (2, 3))
     d_words = _through_words(d_words, texts, inputs, poisoned_texts)
-    unscale = 1.0 if isinstance(loss_scale, float) else 1 / loss_scale
 
-    def like(gradient: Tensor | None, given: Tensor | None) -> Tensor | None:
-        if gradient is None or given is None:
-            return None
-        return (gradient if isinstance(unscale, float) else gradient * unscale).to(given.dtype)
+    def like(gradient: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if gradient is None or other is None else gradient.to(other.dtype)
 
     if options.num_prefix_tokens and d_prefix is not None:
         d_patches, d_prefix = torch.cat([d_prefix, d_patches], dim=1), None
     return (
-        like(d_patches, inputs.patches),
-        like(d_words, inputs.words),
-        like(d_logits, inputs.logits),
-        like(d_prefix, inputs.prefix),
-        like(d_keep, inputs.keep_prob),
-        like(d_mask, inputs.mask),
+        like(d_patches, given.patches),
+        like(d_words, given.words),
+        like(d_logits, given.logits),
+        like(d_prefix, given.prefix),
+        like(d_keep, given.keep_prob),
+        like(d_mask, given.mask),
     )
 
 
@@ -266,9 +269,11 @@ def _prepare_images(
     wide = wide * scale
 
     lengths = wide.norm(dim=-1)
-    mean, reach = wide.mean(1), lengths.mean(1, keepdim=True)
+    # In float64: where patches cancel nothing must be left, not rounding noise with a direction.
+    exact_mean, reach = wide.mean(1, dtype=torch.float64), lengths.mean(1, keepdim=True)
+    mean = exact_mean.float()
     if options.score == "cosine":
-        direction = _direction(mean, reach)
+        direction = _direction(exact_mean, reach).float()
         text_factor = torch.where(lengths > 0, 1 / lengths, 0.0)
         self_scores = (wide @ direction[..., None]).squeeze(-1) * text_factor
     else:
@@ -321,6 +326,19 @@ def _min_max(scores: Tensor) -> Tensor:
 def _prepare_texts(inputs: Inputs, options: Options) -> Texts:
     words, lengths = inputs.words, inputs.word_lengths
     (t, length, c), device = words.shape, words.device
+    if _known(lengths) and words.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise LapsValueError(
+            message(
+                "similarity",
+                "word_lengths is on the CPU, which a CUDA graph cannot follow",
+                "word_lengths on the GPU while a graph is captured",
+            )
+        )
+    if _known(lengths) and bool(((lengths < 1) | (lengths > length)).any()):
+        # Under torch.compile nobody has looked at them yet.
+        raise LapsValueError(
+            message("similarity", "word_lengths is out of range", f"1 to L={length}", lengths.tolist())
+        )
     counts = lengths.to(device, non_blocking=True)
     if _known(lengths) and not options.pairwise:
         places = (torch.arange(length) < lengths[:, None]).flatten().nonzero().squeeze(1)
@@ -335,7 +353,7 @@ def _prepare_texts(inputs: Inputs, options: Options) -> Texts:
         first = length * torch.arange(t, device=device)
         owner = torch.arange(t, device=device).repeat_interleave(length, output_size=t * length)
         inside = torch.arange(length, device=device) < counts[:, None]
-        packed = torch.where(inside[..., None], words, 0.0).flatten(0, 1)
+        packed = torch.where(inside[..., None], words, 0.0).flatten(0, 1).contiguous()
     per_text = functools.partial(_per_text, counts=counts if places is not None else None, texts=t)
     wide = packed.float()
     sound = wide.isfinite().all(1)
@@ -346,12 +364,13 @@ def _prepare_texts(inputs: Inputs, options: Options) -> Texts:
     scale = text_scale[owner, None]
     wide = torch.where(finite[owner, None], wide, 0.0) * scale
     norms = wide.norm(dim=1)
-    total = per_text(wide, "sum")
+    # In float64 as the mean of patches is, some channels at a time.
+    total = torch.cat([per_text(part.double(), "sum") for part in wide.split(64, dim=1)], dim=1)
     if options.score == "cosine":
-        direction, size = _direction(total, per_text(norms, "sum")[:, None]), None
+        direction, size = _direction(total, per_text(norms, "sum")[:, None]).float(), None
     else:
         # Apart from the direction, which would underflow in halves.
-        direction, size = total / counts.clamp(min=1)[:, None], 1 / (c * text_scale)
+        direction, size = total.float() / counts.clamp(min=1)[:, None], 1 / (c * text_scale)
     element = inputs.patches.dtype
     if element == torch.float32:
         parts = direction[None]
@@ -399,7 +418,8 @@ def _chunks(
     size = inputs.patches.element_size()
     stride, slots = _round_up(n + 1 + p, 16), _round_up(p + aggregated + 1, 16)
     word = stride * size * (2 if backward else 1)  # per image
-    pair = 8 * stride + (2 * slots * stride * size if backward else 0)
+    # Backward: its tokens twice, and its share of the partial sums where few images meet many warps.
+    pair = 8 * stride + (slots * stride * (2 * size + 4) if backward else 0)
     image = stride * c * (size + (8 if backward else 4)) + (slots + stride) * (stride + 16) * size
     if backward:
         image += 4 * stride * (stride + 16 * slots)
@@ -421,6 +441,7 @@ def _chunks(
         count = _even(len(texts.count), most)
         starts = range(0, len(texts.count), count)
         yield images, [slice(t, min(t + count, len(texts.count))) for t in starts]
+        del images
 
 
 def _images_of(inputs: Inputs, options: Options, own: slice) -> Images:
@@ -471,6 +492,19 @@ def _where(inputs: Inputs) -> tuple[int, int, str, bool]:
     """Device, stream, element type and whether TF32 is allowed, as the binding takes them."""
     element = str(inputs.patches.dtype).removeprefix("torch.")
     return *_cuda.device_and_stream(inputs.patches.device), element, _cuda.tf32_allowed()
+
+
+def _widened(inputs: Inputs) -> tuple[Inputs, tuple[int, int, str, bool]]:
+    """The same, with halves of float16 as float32 that may be rounded to TF32; and where it runs.
+
+    TF32 has the digits of float16 and the range of float32, which gradients need.
+    """
+    where = _where(inputs)
+    if inputs.patches.dtype != torch.float16:
+        return inputs, where
+    prefix = None if inputs.prefix is None else inputs.prefix.float()
+    wide = replace(inputs, patches=inputs.patches.float(), words=inputs.words.float(), prefix=prefix)
+    return wide, (where[0], where[1], "float32", True)
 
 
 def _launch(
@@ -607,11 +641,14 @@ class _Sums:
         if p:
             units = images.rows[:, n + stable : n + stable + p].float()
             prefix = _through_unit(rows[:, n + stable : n + stable + p], units) * images.prefix_inverse
-        logits = images.exponentials * self.weights.sum(1)[:, p : p + aggregated, :n]
+        weights = self.weights.sum(1)[:, p : p + aggregated]
+        logits = images.exponentials * weights[..., :n]
         if inputs.soft:
-            # The stable form fixes the scale of E against eps, so its maximum carries gradient too.
+            # The stable form fixes the scale of E against eps, so its maximum carries minus the sum of these
+            # gradients. As a direction has no scale, that is what eps, the weight of the mean, has: with less
+            # rounding noise.
             highest = images.logits.argmax(1)[..., None]
-            logits = logits.scatter_add(2, highest, -logits.sum(2, keepdim=True))
+            logits = logits.scatter_add(2, highest, EPSILON * weights[..., n : n + 1])
         logits = logits.mT
         keep = None if self.keep is None else self.keep.sum(1)
         nothing, poison = ~images.finite, self.poisoned

@@ -186,6 +186,10 @@ def _refuse_unfit(
     for name, tensor in (("patches", patches), ("words", words), ("logits", logits), ("prefix", prefix)):
         if tensor is not None and tensor.dim() != 3:
             raise LapsValueError(message("similarity", f"{name} has the wrong rank", "3", tensor.dim()))
+        if tensor is not None and name != "prefix" and not tensor.numel():
+            raise LapsValueError(
+                message("similarity", f"{name} is empty", "no size of 0", tuple(tensor.shape))
+            )
     if num_prefix_tokens and not 0 < num_prefix_tokens < patches.shape[1]:
         expected = f"fewer than the {patches.shape[1]} rows of patches"
         raise LapsValueError(

@@ -80,11 +80,17 @@ impl Build {
     pub fn all() -> impl Iterator<Item = Build> {
         let elements =
             [(Element::F32, false), (Element::F32, true), (Element::F16, false), (Element::Bf16, false)];
-        Kernel::ALL.into_iter().flat_map(move |kernel| {
+        let builds = Kernel::ALL.into_iter().flat_map(move |kernel| {
             elements.into_iter().flat_map(move |(element, tf32)| {
                 [false, true].map(|soft_mask| Build { kernel, element, tf32, soft_mask })
             })
-        })
+        });
+        builds.filter(|build| build.is_offered())
+    }
+
+    /// What f16 has no range for (gradients) or no registers (a soft mask), its caller converts to f32, and allows TF32.
+    pub fn is_offered(self) -> bool {
+        self.element != Element::F16 || (self.kernel == Kernel::Forward && !self.soft_mask)
     }
 
     fn options(self, architecture: u32) -> Vec<String> {
@@ -236,27 +242,44 @@ impl Kernels {
             let got = format!("sm_{architecture}; backend=\"torch\" runs there");
             return Err(LapsError::device(OPERATION, problem, "compute capability 8.0 or higher", got));
         }
-        let key = cache_key(&libraries.nvrtc, build, architecture);
-        let file = cache_folder()
-            .map(|folder| folder.join(format!("{}-{:016x}.cubin", build.kernel.name(), hash(&key))));
-        let load = |image: &[u8]| libraries.driver.load_module(&description, image, [build.kernel.name()]);
-        // A file that is damaged, or that the driver does not take, is as good as none.
-        let kept = file.as_ref().and_then(|file| read_cached(file, &key)).and_then(|image| load(&image).ok());
-        let [function] = match kept {
-            Some(functions) => functions,
-            None => {
-                let (image, _) = libraries.nvrtc.compile(build, architecture)?;
-                let functions = load(&image)?;
-                if let Some(file) = file {
-                    // Without it the next process compiles again: no reason to fail.
-                    let _ = write_cached(&file, &key, &image);
-                }
-                functions
+        let function = load(libraries, &description, build, architecture).or_else(|error| {
+            // A GPU newer than this NVRTC runs what is made for the first of its family.
+            let first = architecture / 10 * 10;
+            if first == architecture {
+                return Err(error);
             }
-        };
+            load(libraries, &description, build, first).map_err(|_| error)
+        })?;
         loaded.insert((build, device), (description, function));
         Ok((description, function))
     }
+}
+
+fn load(
+    libraries: &Libraries,
+    device: &Device,
+    build: Build,
+    architecture: u32,
+) -> Result<Function, LapsError> {
+    let key = cache_key(&libraries.nvrtc, build, architecture);
+    let file = cache_folder()
+        .map(|folder| folder.join(format!("{}-{:016x}.cubin", build.kernel.name(), hash(&key))));
+    let load = |image: &[u8]| libraries.driver.load_module(device, image, [build.kernel.name()]);
+    // A file that is damaged, or that the driver does not take, is as good as none.
+    let kept = file.as_ref().and_then(|file| read_cached(file, &key)).and_then(|image| load(&image).ok());
+    let [function] = match kept {
+        Some(functions) => functions,
+        None => {
+            let (image, _) = libraries.nvrtc.compile(build, architecture)?;
+            let functions = load(&image)?;
+            if let Some(file) = file {
+                // Without it the next process compiles again: no reason to fail.
+                let _ = write_cached(&file, &key, &image);
+            }
+            functions
+        }
+    };
+    Ok(function)
 }
 
 /// Compiles every build for an architecture, on any machine that has one of these NVRTCs; returns each with its log.

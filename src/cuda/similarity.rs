@@ -160,8 +160,12 @@ impl Geometry {
         let limit = device.shared_memory;
         let warps_beside = |image: usize| (limit.saturating_sub(image) / warp).min(MOST_WARPS);
         if warps_beside(0) == 0 {
-            let problem = format!("GPU {} has too little shared memory for these sizes", device.index);
-            let expected = format!("at least {warp} bytes per block");
+            let pass = if backward { "backward" } else { "forward" };
+            let problem = format!(
+                "GPU {} has too little shared memory for the {pass} pass of these sizes",
+                device.index
+            );
+            let expected = format!("at least {warp} bytes per block, or backend=\"torch\"");
             return Err(LapsError::device("similarity", problem, expected, limit));
         }
         let (images, texts) = (size(call.images), size(call.texts));
@@ -224,9 +228,13 @@ impl Prepared {
     }
 }
 
-fn build(kernel: Kernel, element: Element, tf32: bool, call: &Call) -> Build {
+fn build(kernel: Kernel, element: Element, tf32: bool, call: &Call) -> Result<Build, LapsError> {
     let soft_mask = call.selection_mode == Selection::Soft as i32;
-    Build { kernel, element, tf32: tf32 && element == Element::F32, soft_mask }
+    let build = Build { kernel, element, tf32: tf32 && element == Element::F32, soft_mask };
+    if !build.is_offered() {
+        return Err(LapsError::type_("similarity", "patches", "float32 or bfloat16", build));
+    }
+    Ok(build)
 }
 
 /// Launches the forward kernel.
@@ -241,7 +249,12 @@ pub unsafe fn forward(
     tf32: bool,
     call: &Call,
 ) -> Result<(), LapsError> {
-    let prepared = prepare(device, build(Kernel::Forward, element, tf32, call), call)?;
+    let prepared = prepare(device, build(Kernel::Forward, element, tf32, call)?, call)?;
+    if call.selection != 0 {
+        // What the backward pass would need: now is the time to refuse it, and not in mid-training.
+        let element = if element == Element::F16 { Element::F32 } else { element };
+        Geometry::new(&prepared.device, call, element, true)?;
+    }
     let call = Call { shared: i32::from(prepared.geometry.shared), ..*call };
     // SAFETY: the caller's promise.
     unsafe { prepared.launch(stream, &call, &call) }
@@ -259,7 +272,7 @@ pub unsafe fn backward(
     tf32: bool,
     backward: &BackwardCall,
 ) -> Result<(), LapsError> {
-    let prepared = prepare(device, build(Kernel::Backward, element, tf32, &backward.call), &backward.call)?;
+    let prepared = prepare(device, build(Kernel::Backward, element, tf32, &backward.call)?, &backward.call)?;
     let call = Call { shared: i32::from(prepared.geometry.shared), ..backward.call };
     let backward = BackwardCall { call, ..*backward };
     // SAFETY: the caller's promise.

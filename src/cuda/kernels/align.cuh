@@ -48,7 +48,7 @@ DEVICE void cosine_block(const Call& call, const Image& image, const PairMemory&
 #pragma unroll
     for (int j = 0; j < 2; ++j) next[j] = load_quad(column[j], 4 * q);
     for (int k = 0; k < call.stride; k += 16) {
-        const u32 keep = keep_quad(pair, k);
+        const Keep keep = keep_quad(pair, k);
         const Quad b[2] = {next[0], next[1]};
         const int after = min(k + 16, call.stride - 16);
 #pragma unroll
@@ -56,8 +56,8 @@ DEVICE void cosine_block(const Call& call, const Image& image, const PairMemory&
 #pragma unroll
         for (int tile = 0; tile < TILES; ++tile) {
             if (tile >= tiles) break;
-            const Quad low = token_quad(call, pair, rows, tile, 0, k, keep);
-            const Quad high = token_quad(call, pair, rows, tile, 1, k, keep);
+            const Quad low = token_quad(pair, rows, tile, 0, k, keep);
+            const Quad high = token_quad(pair, rows, tile, 1, k, keep);
 #pragma unroll
             for (int j = 0; j < 2; ++j) mma(cosines[tile][j], low, high, b[j]);
         }

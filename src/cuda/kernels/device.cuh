@@ -48,6 +48,11 @@ DEVICE unsigned to_tf32(float x) {
     return bits;
 }
 
+// *to += x in global memory, without waiting for it.
+DEVICE void add_at(float* to, float x) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
+}
+
 // Two halves, the first in the lower bits.
 DEVICE unsigned pack_halves(float low, float high) {
     unsigned bits;

@@ -18,13 +18,6 @@ DEVICE Element to_element(float x) { return x; }
 DEVICE float quad_value(const Quad& quad, int i) { return quad.x[i]; }
 
 // Zero where the bit of `keep` is not set.
-DEVICE Quad masked(const Quad& quad, u32 keep) {
-    Quad out;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) out.x[i] = keep >> i & 1 ? quad.x[i] : 0.0f;
-    return out;
-}
-
 DEVICE Quad quad_of(const float (&values)[4]) {
     Quad out;
 #pragma unroll
@@ -35,6 +28,12 @@ DEVICE Quad quad_of(const float (&values)[4]) {
 // c += a b over 16 columns. Unless torch allows TF32, each factor is a sum of two TF32 numbers, and only the product of
 // the two small parts is left out: about 21 bits.
 DEVICE void mma(float (&c)[4], const Quad& low, const Quad& high, const Quad& b) {
+    // Tensor cores add without rounding to nearest: a long sum in them drifts towards zero. So only 16 columns are theirs.
+#if LAPS_TF32
+    float (&sum)[4] = c;
+#else
+    float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#endif
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
         float from[6] = {low.x[i], high.x[i], low.x[i + 1], high.x[i + 1], b.x[i], b.x[i + 1]};
@@ -45,11 +44,15 @@ DEVICE void mma(float (&c)[4], const Quad& low, const Quad& high, const Quad& b)
         u32 small[6];
 #pragma unroll
         for (int j = 0; j < 6; ++j) small[j] = to_tf32(from[j] - __uint_as_float(big[j]));
-        mma_tf32(c, small[0], small[1], small[2], small[3], big[4], big[5]);
-        mma_tf32(c, big[0], big[1], big[2], big[3], small[4], small[5]);
+        mma_tf32(sum, small[0], small[1], small[2], small[3], big[4], big[5]);
+        mma_tf32(sum, big[0], big[1], big[2], big[3], small[4], small[5]);
 #endif
-        mma_tf32(c, big[0], big[1], big[2], big[3], big[4], big[5]);
+        mma_tf32(sum, big[0], big[1], big[2], big[3], big[4], big[5]);
     }
+#if !LAPS_TF32
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
+#endif
 }
 
 // Two consecutive elements, the first of even index.
@@ -79,13 +82,6 @@ DEVICE void load_pair(const Element* row, int k, float (&out)[2]) {
 }
 
 DEVICE u32 pair_mask(u32 bits) { return (bits & 1 ? 0x0000FFFFu : 0u) | (bits & 2 ? 0xFFFF0000u : 0u); }
-
-DEVICE Quad masked(const Quad& quad, u32 keep) {
-    Quad out;
-    out.x[0] = quad.x[0] & pair_mask(keep);
-    out.x[1] = quad.x[1] & pair_mask(keep >> 2);
-    return out;
-}
 
 DEVICE Quad quad_of(const float (&values)[4]) {
     Quad out;

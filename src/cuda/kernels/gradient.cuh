@@ -246,7 +246,7 @@ __device__ __noinline__ void add_weights(const Call& call, const Image& image, c
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
                     const int k = n + 8 * j + 2 * q + e;
-                    const bool patch = k < call.patches;
+                    const bool patch = k < call.patches, mean = call.soft && k == call.patches;
                     const float kept = patch ? decision(call, pair, k) : 0.0f;
                     const float open = call.soft && patch && pair.has_fused
                         ? expf(fminf(pair.scores[k] - pair.highest_dropped, 80.0f)) : 0.0f;
@@ -257,12 +257,12 @@ __device__ __noinline__ void add_weights(const Call& call, const Image& image, c
                         for (int half = 0; half < 2; ++half) {
                             const int m = first + 16 * tile + 8 * half + g;
                             const float y = sums[tile][j][2 * half + e];
-                            if (!patch || m < call.prefix || m > fused_slot(call)) continue;
+                            if (!(patch || mean) || m < call.prefix || m > fused_slot(call)) continue;
                             if (m < fused_slot(call)) {
-                                // Of this warp alone, so nothing races; an atomic waits for no answer.
-                                atomicAdd(&sums_of_image.weights[(i64)m * call.stride + k], kept * y);
-                                if (call.soft) value += y * to_float(image.weights[(i64)m * call.pitch + k]);
-                            } else if (call.soft) {
+                                // Of this warp alone, so nothing races.
+                                add_at(&sums_of_image.weights[(i64)m * call.stride + k], mean ? y : kept * y);
+                                if (call.soft && patch) value += y * to_float(image.weights[(i64)m * call.pitch + k]);
+                            } else if (call.soft && patch) {
                                 value -= y * open;
                                 scratch.scores[k] += y * open * (1.0f - kept);
                             }

@@ -2,44 +2,12 @@
 
 #define NAN_F __uint_as_float(0x7FC00000u)
 
-// Bytes of shared memory that a warp needs; the host computes the same (src/cuda/similarity.rs).
-DEVICE int align16(int bytes) { return (bytes + 15) & ~15; }
-
-DEVICE int warp_bytes(const Call& call) {
-    return align16(call.stride * (int)sizeof(Element)) + align16(8 * call.patches) +
-        align16(4 * (call.stride / 32 + 1)) + align16(12 * call.slots) + 64 +
-        (SOFT_MASK ? align16(4 * call.stride) : 0);
-}
-
 struct Work {
     Image image;
     PairMemory pair;
     u8* rest;               // of the warp's shared memory
     int first, last, step;  // texts
 };
-
-DEVICE PairMemory pair_memory(const Call& call, u8* memory) {
-    PairMemory pair;
-    pair.fused = (Element*)memory;
-    memory += align16(call.stride * (int)sizeof(Element));
-    pair.scores = (float*)memory;
-    pair.keys = (u32*)memory + call.patches;
-    memory += align16(8 * call.patches);
-    pair.kept = (u32*)memory;
-    memory += align16(4 * (call.stride / 32 + 1));
-    pair.inverse = (float*)memory;
-    pair.best = pair.inverse + call.slots;
-    pair.best_word = (int*)(pair.best + call.slots);
-    memory += align16(12 * call.slots);
-    pair.exact = (float*)memory;
-    memory += 64;
-    pair.values = (float*)memory;
-    pair.fraction = 0.0f;
-    pair.highest_dropped = 0.0f;
-    pair.has_fused = false;
-    pair.is_empty = false;
-    return pair;
-}
 
 DEVICE void copy_to_shared(u8* to, const void* from, int bytes) {
     const uint4* source = (const uint4*)from;

@@ -39,7 +39,9 @@ DEVICE u64 pair_noise(u64 seed, int image, int text) {
 // log u - log(1 - u) of u = (draw + 1/2) 2^-53. The complement is formed of integers: near 1, u itself has no digits.
 DEVICE float logistic(u64 pair, int patch) {
     u64 draw = absorb(pair, (u64)patch) >> 11;
-    double u = (double)draw + 0.5, off = (double)(0x1FFFFFFFFFFFFFull - draw) + 0.5;
+    // In (0, 1): logarithms of numbers near 2^53 would lose the digits of their difference.
+    const double unit = 1.1102230246251565e-16;  // 2^-53
+    double u = ((double)draw + 0.5) * unit, off = ((double)(0x1FFFFFFFFFFFFFull - draw) + 0.5) * unit;
     return logf((float)u) - logf((float)off);
 }
 
@@ -56,7 +58,7 @@ struct PairMemory {
     u32* keys;        // (N), and until the selection is made, other values of the patches
     u32* kept;        // (stride / 32 + 1): bits of the rows that aggregated tokens sum over
     float* values;    // (stride): D_i, of SELECT_SOFT only
-    Element* fused;   // (stride): weights of the fused token
+    Element* fused;   // (stride): weights of the fused token; all of the memory begins here
     float* inverse;   // (slots): 1 / |token|
     float* best;      // (slots): highest cosine of each token
     int* best_word;   // (slots)
@@ -66,6 +68,38 @@ struct PairMemory {
     bool has_fused;
     bool is_empty;          // whether a mask keeps no patch
 };
+
+// Bytes of shared memory that a warp needs; the host computes the same (src/cuda/similarity.rs).
+DEVICE int align16(int bytes) { return (bytes + 15) & ~15; }
+
+DEVICE int warp_bytes(const Call& call) {
+    return align16(call.stride * (int)sizeof(Element)) + align16(8 * call.patches) +
+        align16(4 * (call.stride / 32 + 1)) + align16(12 * call.slots) + 64 +
+        (SOFT_MASK ? align16(4 * call.stride) : 0);
+}
+
+DEVICE PairMemory pair_memory(const Call& call, u8* memory) {
+    PairMemory pair;
+    pair.fused = (Element*)memory;
+    memory += align16(call.stride * (int)sizeof(Element));
+    pair.scores = (float*)memory;
+    pair.keys = (u32*)memory + call.patches;
+    memory += align16(8 * call.patches);
+    pair.kept = (u32*)memory;
+    memory += align16(4 * (call.stride / 32 + 1));
+    pair.inverse = (float*)memory;
+    pair.best = pair.inverse + call.slots;
+    pair.best_word = (int*)(pair.best + call.slots);
+    memory += align16(12 * call.slots);
+    pair.exact = (float*)memory;
+    memory += 64;
+    pair.values = (float*)memory;
+    pair.fraction = 0.0f;
+    pair.highest_dropped = 0.0f;
+    pair.has_fused = false;
+    pair.is_empty = false;
+    return pair;
+}
 
 DEVICE bool is_kept(const PairMemory& pair, int i) { return pair.kept[i >> 5] >> (i & 31) & 1; }
 

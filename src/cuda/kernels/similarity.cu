@@ -1,6 +1,8 @@
 // Scores of image x text pairs: selection, calibration and alignment of a pair by one warp, one after the other, with
 // nothing pair-sized but the score (and what the backward pass needs) written to memory.
 
+// Whether a PairMemory goes to functions out of line by reference, and so lies in local memory.
+#define PAIR_HAS_ADDRESS 0
 #include "device.cuh"
 #include "element.cuh"
 #include "call.cuh"

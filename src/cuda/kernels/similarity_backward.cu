@@ -7,6 +7,8 @@
 // - weights: da_mk = sum_j x_mj P_kj - h_m (G a_m)_k, summed over the texts that a warp meets, in their order: nothing
 //   is added by two warps at once, so the result is the same in every run.
 
+// Whether a PairMemory goes to functions out of line by reference, and so lies in local memory.
+#define PAIR_HAS_ADDRESS 1
 #include "device.cuh"
 #include "element.cuh"
 #include "call.cuh"

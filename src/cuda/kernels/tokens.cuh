@@ -24,11 +24,10 @@
 // And where an inverse length is more than this, gradients would overflow: such a token has a score, but no gradient.
 #if LAPS_ELEMENT == LAPS_F16
 #define SMALLEST_REACH 0.1f
-#define MOST_INVERSE 1e2f
 #else
 #define SMALLEST_REACH 1e-15f
-#define MOST_INVERSE 1e15f
 #endif
+#define MOST_INVERSE 1e15f
 // A sum this much shorter than its terms together is rounding noise, not a direction.
 #define NOISE 1e-12
 #define EPSILON 1e-6
@@ -91,31 +90,65 @@ DEVICE TokenRows token_rows(const Call& call, const Image& image, const PairMemo
 // The tiles of a block that hold tokens at all.
 DEVICE int tiles_of(const Call& call, int first) { return min(TILES, (call.slots - first + 15) / 16); }
 
-// Weights of one token over the rows k + 4 q .. + 3 that the pair keeps.
-DEVICE Quad token_quad(
-    const Call& call, const PairMemory& pair, const TokenRows& rows, int tile, int half, int k, u32 keep) {
+// What of a Quad of weights the pair keeps.
+struct Keep {
+#if SOFT_MASK
+    const float* factors;
+#elif LAPS_ELEMENT == LAPS_F32
+    u32 mask[4];
+#else
+    u32 mask[2];
+#endif
+};
+
+// Of the rows k + 4 q .. + 3.
+DEVICE Keep keep_quad(const PairMemory& pair, int k) {
+    Keep keep;
+#if SOFT_MASK
+    keep.factors = pair.values + k + 4 * (lane_id() & 3);
+#else
+    const u32 bits = pair.kept[k >> 5] >> ((k & 16) + 4 * (lane_id() & 3));
+#if LAPS_ELEMENT == LAPS_F32
+#pragma unroll
+    for (int i = 0; i < 4; ++i) keep.mask[i] = bits >> i & 1 ? 0xFFFFFFFFu : 0u;
+#else
+    keep.mask[0] = pair_mask(bits);
+    keep.mask[1] = pair_mask(bits >> 2);
+#endif
+#endif
+    return keep;
+}
+
+// Weights of one token over the rows k + 4 q .. + 3 that the pair keeps; the fused token's are masked already. With masks,
+// one load whichever token it is, so that lanes do not part; with factors, that would take more registers than there are.
+DEVICE Quad token_quad(const PairMemory& pair, const TokenRows& rows, int tile, int half, int k, const Keep& keep) {
     const int column = k + 4 * (lane_id() & 3), i = 2 * tile + half;
-    if (rows.fused_at == i) return load_quad(rows.fused, column);
-    const Quad quad = load_quad(rows.weights + i * rows.step, column);
-    if (SOFT_MASK) return scaled(quad, pair.values + column);
-    return masked(quad, keep);
+    const bool fused = rows.fused_at == i;
+#if SOFT_MASK
+    if (fused) return load_quad(rows.fused, column);
+    return scaled(load_quad(rows.weights + i * rows.step, column), keep.factors);
+#else
+    Quad quad = load_quad(fused ? rows.fused : rows.weights + i * rows.step, column);
+    const u32 all = fused ? 0xFFFFFFFFu : 0u;
+#if LAPS_ELEMENT == LAPS_F32
+#pragma unroll
+    for (int e = 0; e < 4; ++e) quad.x[e] = __uint_as_float(__float_as_uint(quad.x[e]) & (keep.mask[e] | all));
+#else
+#pragma unroll
+    for (int e = 0; e < 2; ++e) quad.x[e] &= keep.mask[e] | all;
+#endif
+    return quad;
+#endif
 }
 
-// The bits of the rows k + 4 q .. + 3.
-DEVICE u32 keep_quad(const PairMemory& pair, int k) {
-    return pair.kept[k >> 5] >> ((k & 16) + 4 * (lane_id() & 3)) & 15u;
-}
-
-// Weights of one token over two rows.
-DEVICE void token_pair(const Call& call, const PairMemory& pair, const TokenRows& rows, int tile, int half, int k,
+// Weights of one token over two rows, of which the pair keeps `kept`.
+DEVICE void token_pair(const PairMemory& pair, const TokenRows& rows, int tile, int half, int k, const float (&kept)[2],
     float (&out)[2]) {
     const int i = 2 * tile + half;
     const bool fused = rows.fused_at == i;
     load_pair(fused ? rows.fused : rows.weights + i * rows.step, k, out);
-    if (!fused) {
-        out[0] *= decision(call, pair, k);
-        out[1] *= decision(call, pair, k + 1);
-    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) out[e] *= fused ? 1.0f : kept[e];
 }
 
 DEVICE float sum_of_four(float x) {
@@ -127,7 +160,7 @@ DEVICE float sum_of_four(float x) {
 DEVICE void gram_step(const Call& call, const Image& image, const PairMemory& pair, const TokenRows& rows, int tiles,
     int k, int n, bool wide, float (&sums)[TILES][SPAN][4]) {
     const int g = lane_id() >> 2, q = lane_id() & 3;
-    const u32 keep = keep_quad(pair, k);
+    const Keep keep = keep_quad(pair, k);
     Quad b[SPAN];
 #pragma unroll
     for (int j = 0; j < SPAN; ++j) {
@@ -136,8 +169,8 @@ DEVICE void gram_step(const Call& call, const Image& image, const PairMemory& pa
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
         if (tile >= tiles) break;
-        const Quad low = token_quad(call, pair, rows, tile, 0, k, keep);
-        const Quad high = token_quad(call, pair, rows, tile, 1, k, keep);
+        const Quad low = token_quad(pair, rows, tile, 0, k, keep);
+        const Quad high = token_quad(pair, rows, tile, 1, k, keep);
 #pragma unroll
         for (int j = 0; j < SPAN; ++j) {
             if (j < 2 || wide) mma(sums[tile][j], low, high, b[j]);
@@ -186,13 +219,14 @@ DEVICE void measure_tokens(const Call& call, const Image& image, PairMemory& pai
                 if (j >= 2 && !wide) break;
                 const int column = n + 8 * j + 2 * q;
                 const float norm[2] = {norms[column], norms[column + 1]};
+                const float kept[2] = {decision(call, pair, column), decision(call, pair, column + 1)};
 #pragma unroll
                 for (int tile = 0; tile < TILES; ++tile) {
                     if (tile >= tiles) break;
 #pragma unroll
                     for (int half = 0; half < 2; ++half) {
                         float weight[2];
-                        token_pair(call, pair, rows, tile, half, column, weight);
+                        token_pair(pair, rows, tile, half, column, kept, weight);
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             const float term = weight[e] * norm[e];
@@ -227,16 +261,15 @@ DEVICE void measure_tokens(const Call& call, const Image& image, PairMemory& pai
 }
 
 // A token computed from its definition, in double precision, where the Gram form or the shared exponentials lost too
-// many digits: its cosines with `words` <= 16 words from `word`, in pair.exact. Returns its inverse length in the scale of `weights`. Zeros
-// where its terms cancel.
-__device__ __noinline__ float exact_cosines(const Call& call, const Image& image, const PairMemory& pair, int m, i64 word,
-    int words) {
+// many digits: its cosines with `words` <= 16 words from `word`, in pair.exact. Returns its inverse length in the scale of
+// `weights`. Zeros where its terms cancel.
+DEVICE float exact_token(const Call& call, int image, const PairMemory& pair, int m, i64 word, int words) {
     const int n = call.patches, lane = lane_id();
     const int aggregated = m - call.prefix;
     const bool fused = m == fused_slot(call);
-    const float* logits = call.logits + (i64)image.index * n * call.aggregated + aggregated;
-    const float* norms = call.norms + (i64)image.index * call.stride;
-    const Element* rows = call.rows + (i64)image.index * call.stride * call.channels;
+    const float* logits = call.logits + (i64)image * n * call.aggregated + aggregated;
+    const float* norms = call.norms + (i64)image * call.stride;
+    const Element* rows = call.rows + (i64)image * call.stride * call.channels;
     // The stable form fixes the maximum over all patches; the hard one may take that of the kept ones.
     float highest = -INFINITY_F, of_all = -INFINITY_F;
     for (int i = lane; i < n && !fused; i += 32) {
@@ -291,6 +324,27 @@ __device__ __noinline__ float exact_cosines(const Call& call, const Image& image
     __syncwarp();
     return fused ? (float)inverse : (float)(inverse * exp((double)of_all - (double)highest));
 }
+
+// The same, out of line, as it is rare.
+#if PAIR_HAS_ADDRESS
+__device__ __noinline__ float exact_cosines(
+    const Call& call, const Image& image, const PairMemory& pair, int m, i64 word, int words) {
+    return exact_token(call, image.index, pair, m, word, words);
+}
+#else
+// By value, all of it: what a call takes by reference has to lie in local memory, and so every pointer in it would be
+// loaded from there wherever it is used.
+__device__ __noinline__ float exact_cosines_at(
+    const Call& call, int image, u8* memory, float highest_dropped, int m, i64 word, int words) {
+    PairMemory pair = pair_memory(call, memory);
+    pair.highest_dropped = highest_dropped;
+    return exact_token(call, image, pair, m, word, words);
+}
+
+DEVICE float exact_cosines(const Call& call, const Image& image, const PairMemory& pair, int m, i64 word, int words) {
+    return exact_cosines_at(call, image.index, (u8*)pair.fused, pair.highest_dropped, m, word, words);
+}
+#endif
 
 // Inverse lengths of the tokens that measure_tokens marks, negative, so that the mark stays.
 DEVICE void find_lost_lengths(const Call& call, const Image& image, PairMemory& pair, i64 word) {
