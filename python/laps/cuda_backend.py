@@ -365,7 +365,7 @@ def _prepare_texts(inputs: Inputs, options: Options) -> Texts:
     wide = torch.where(finite[owner, None], wide, 0.0) * scale
     norms = wide.norm(dim=1)
     # In float64 as the mean of patches is, some channels at a time.
-    total = torch.cat([per_text(part.double(), "sum") for part in wide.split(64, dim=1)], dim=1)
+    total = torch.cat([per_text(part.double(), "sum") for part in torch.split(wide, 64, dim=1)], dim=1)
     if options.score == "cosine":
         direction, size = _direction(total, per_text(norms, "sum")[:, None]).float(), None
     else:
