@@ -4,7 +4,7 @@
 
 // Tokens are worked on in blocks of 3 x 16, and columns of G in blocks of 8 SPAN: as many as the registers hold sums of.
 #define TILES 3
-#if LAPS_ELEMENT == LAPS_F32
+#if LAPS_ELEMENT != LAPS_BF16
 #define SPAN 2
 #else
 #define SPAN 4
