@@ -7,7 +7,8 @@ TORCH ?= 2.11.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-RUST := Cargo.toml Cargo.lock pyproject.toml $(shell find src -type f)
+RUST := Cargo.toml Cargo.lock build.rs pyproject.toml $(shell find src -type f)
+NATIVE := $(shell find native -type f -not -name '*.so' -not -name '*.pyc')
 
 # maturin builds for the environment that VIRTUAL_ENV names; an active conda would contradict it.
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -18,14 +19,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-rust test-python lint format bench tables wheel venv clean distclean
+.PHONY: help demo test test-rust test-python lint format bench tables wheel native venv clean distclean
 
 help:
 	@echo 'make demo     draws scenes, trains on them, compares, searches; writes out/demo/report.html'
 	@echo 'make test     all tests, Rust and Python'
 	@echo 'make lint     formatting, clippy, ruff, mypy, stubs'
 	@echo 'make bench    the benchmarks; writes benchmarks/results/ and the tables of README.md'
-	@echo 'make wheel    the wheel and the source distribution, checked, in dist/'
+	@echo 'make wheel    the wheels and the source distribution, checked, in dist/'
+	@echo 'make native   the encoders in Rust (laps-rs-native) in $(VENV)/'
 	@echo 'make venv     only what the others need first: $(VENV)/ with torch $(TORCH) and the built package'
 	@echo 'make clean    remove what was built (make distclean: also $(VENV)/)'
 
@@ -55,6 +57,16 @@ $(VENV)/.stamp-bench: pyproject.toml $(VENV)/.stamp-tools
 	@$(PIP) install --group bench || echo '[bench] no maxsim-cpu for this machine: its comparison is left out' >&2
 	@touch $@
 
+# tch asks the `python` of the environment where libtorch is.
+TCH := PATH="$(CURDIR)/$(BIN):$$PATH"
+
+$(VENV)/.stamp-encoders: $(RUST) $(NATIVE) $(VENV)/.stamp-tools
+	@echo '[native] building the encoders in Rust'
+	@$(TCH) $(BIN)/maturin develop --locked --quiet --manifest-path native/Cargo.toml
+	@touch $@
+
+native: $(VENV)/.stamp-encoders
+
 venv: $(VENV)/.stamp-native
 
 # ---- the work ----------------------------------------------------------------------------------------------------------
@@ -64,25 +76,27 @@ demo: venv
 
 test: test-rust test-python
 
-test-rust:
+test-rust: venv
 	@echo '[test] cargo test'
-	@cargo test --locked --quiet --features cuda
+	@$(TCH) cargo test --locked --quiet --features cuda,torch
 
-test-python: venv
+test-python: venv native
 	@echo '[test] pytest'
 	@$(BIN)/python -m pytest --quiet
 
-lint: venv
+lint: venv native
 	@echo '[lint] cargo fmt, clippy, doc'
 	@cargo fmt --check
 	@cargo clippy --locked --quiet --all-targets -- --deny warnings
-	@cargo clippy --locked --quiet --all-targets --features python,cuda -- --deny warnings
-	@RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda
+	@$(TCH) cargo clippy --locked --quiet --workspace --all-targets --features python,cuda,torch -- --deny warnings
+	@$(TCH) RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda,torch
 	@echo '[lint] ruff, mypy, stubs, tables'
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary python/laps python/laps_command benchmarks scripts
 	@$(BIN)/python -m mypy.stubtest laps._laps
+	@# torch first: it brings the libraries that this module is linked to.
+	@$(BIN)/python -c 'import sys, torch; from mypy.stubtest import main; sys.argv[1:] = ["laps_native._native"]; sys.exit(main())'
 	@$(BIN)/python -m benchmarks.tables --check
 
 format: venv
@@ -90,12 +104,13 @@ format: venv
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
 
-# About forty minutes on two cores, half of them for the three seeds of benchmarks.demo.
-bench: venv $(VENV)/.stamp-bench
+# About fifty minutes on two cores, twenty of them for the three seeds of benchmarks.demo.
+bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.max_sim
 	@$(BIN)/python -m benchmarks.evaluation
 	@$(BIN)/python -m benchmarks.training
+	@$(BIN)/python -m benchmarks.encoders
 	@$(BIN)/python -m benchmarks.demo
 	@$(BIN)/python -m benchmarks.tables
 
@@ -113,13 +128,15 @@ wheel: $(VENV)/.stamp-tools
 	@rm -rf dist
 	@PATH="$(VIRTUAL_ENV)/bin:$$PATH" CARGO_TARGET_DIR=$(CURDIR)/target/wheel \
 	  $(BIN)/maturin build --release --locked --strip --sdist $(PORTABLE) --out dist --quiet
+	@echo '[wheel] building the wheel of the native encoders'
+	@$(TCH) $(BIN)/maturin build --locked --strip --manifest-path native/Cargo.toml --out dist --quiet
 ifeq ($(shell uname -s),Linux)
 	@$(BIN)/python scripts/check_wheel.py
 endif
 	@ls dist
 
 clean:
-	rm -rf target dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.stamp-native python/laps/*.so
+	rm -rf target dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis $(VENV)/.stamp-native $(VENV)/.stamp-encoders python/laps/*.so native/python/laps_native/*.so
 	find python tests benchmarks scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean

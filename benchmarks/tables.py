@@ -284,6 +284,38 @@ def scenes_table(result: Result) -> str:
     )
 
 
+def encoders_table(result: Result) -> str:
+    """Native encoders beside those of transformers."""
+    rows = []
+    for title, entry in result["encoders"].items():
+        row = [title, str(entry["batch"])]
+        for part in ("forward_s", "step_s"):
+            hf, native = entry[part]["hf"], entry[part]["native"]
+            rate = entry["batch"] / native
+            row += [milliseconds(hf), milliseconds(native), times(hf / native), f"{rate:.3g}"]
+        rows.append([*row, f"{entry['largest_difference']:.0e}"])
+    low, high = result["settings"]["words"]
+    header = (
+        "encoder",
+        "batch",
+        "forward, transformers",
+        "native",
+        "ratio",
+        "items/s",
+        "step, transformers",
+        "native",
+        "ratio",
+        "items/s",
+        "largest difference",
+    )
+    return (
+        f"Random weights, float32, captions of {low} to {high} tokens. A step is forward and backward in "
+        "training mode, and SGD. Medians of forms that take turns; items/s are the native encoder's.\n\n"
+        f"{markdown(header, rows)}\n\n"
+        f"transformers {result['machine']['transformers']}; {machine_line(result)}"
+    )
+
+
 # Marker in the README: the result it comes from, and what makes it.
 TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "head": ("head.json", head_table),
@@ -292,6 +324,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "evaluation": ("evaluation.json", evaluation_table),
     "training": ("training.json", training_table),
     "scenes": ("scenes.json", scenes_table),
+    "encoders": ("encoders.json", encoders_table),
 }
 
 

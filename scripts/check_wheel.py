@@ -1,5 +1,8 @@
 """Fail unless what lies in dist/ is what laps-rs promises: abi3, manylinux_2_28, no torch, CUDA or OpenMP.
 
+laps-rs-native links the libtorch that it was built for, and runs on systems like the one that built it: it is
+held to abi3, its files, and no libraries but libtorch's.
+
     python scripts/check_wheel.py [WHEEL OR SDIST ...]      # default: all of dist/
 
 The tags are checked as the wheel states them, and what they stand for is read from the binary itself: the
@@ -23,10 +26,12 @@ from elftools.elf.gnuversions import GNUVerNeedSection
 # glibc's own libraries and the compiler's unwinder. libdl, librt and libpthread are empty shells since glibc
 # 2.34.
 ALLOWED = re.compile(r"(libc|libm|libdl|librt|libpthread|libgcc_s)\.so\.\d+|ld-linux-[\w-]+\.so\.\d+")
+TORCH = re.compile(r"lib(torch|torch_cpu|torch_cuda|torch_python|c10)\.so|lib(stdc\+\+|gomp)\.so\.\d+")
 NEWEST_GLIBC = (2, 28)
 # PEP 600's names for the older policies.
 OLD_POLICIES = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
 WHEEL_FILES = ("laps/__init__.py", "laps/_laps.pyi", "laps/py.typed", "laps_command/__init__.py")
+NATIVE_FILES = ("laps_native/__init__.py", "laps_native/_native.pyi", "laps_native/py.typed")
 SDIST_FILES = (
     "Cargo.lock",
     "Cargo.toml",
@@ -69,15 +74,15 @@ def read_binary(name: str, content: bytes) -> Binary:
     return Binary(name, tuple(needed), max(versions))
 
 
-def tag_problems(wheel: str) -> list[str]:
-    """What is wrong with a wheel's file name."""
+def tag_problems(wheel: str, portable: bool = True) -> list[str]:
+    """What is wrong with a wheel's file name; one that need not be portable may have any platform."""
     *_, python, abi, platforms = Path(wheel).stem.split("-")
     problems = []
     if abi != "abi3":
         problems.append(f"its ABI tag is {abi} (expected abi3)")
     if python != "cp310":
         problems.append(f"its Python tag is {python} (expected cp310)")
-    for platform in platforms.split("."):
+    for platform in platforms.split(".") if portable else ():
         match = re.match(r"manylinux_(\d+)_(\d+)_", platform)
         policy = (int(match[1]), int(match[2])) if match else OLD_POLICIES.get(platform.split("_")[0])
         if policy is None or policy > NEWEST_GLIBC:
@@ -85,14 +90,15 @@ def tag_problems(wheel: str) -> list[str]:
     return problems
 
 
-def binary_problems(binary: Binary) -> list[str]:
-    """What is wrong with one shared library."""
+def binary_problems(binary: Binary, portable: bool = True) -> list[str]:
+    """What is wrong with one shared library; one that need not be portable may link libtorch."""
+    expected = "glibc's libraries and libgcc_s" + ("" if portable else ", and libtorch's")
     problems = [
-        f"{binary.name} needs {library} (expected glibc's libraries and libgcc_s only)"
+        f"{binary.name} needs {library} (expected {expected} only)"
         for library in binary.needed
-        if not ALLOWED.fullmatch(library)
+        if not (ALLOWED.fullmatch(library) or (not portable and TORCH.fullmatch(library)))
     ]
-    if binary.glibc > NEWEST_GLIBC:
+    if portable and binary.glibc > NEWEST_GLIBC:
         problems.append(
             f"{binary.name} needs glibc {'.'.join(map(str, binary.glibc))} (expected 2.28 or older)"
         )
@@ -119,25 +125,27 @@ def check_sdist(sdist: Path) -> list[str]:
 
 def check_wheel(wheel: Path) -> list[str]:
     """Print what the wheel is; returns what is wrong with it."""
-    problems = tag_problems(wheel.name)
+    native = wheel.name.startswith("laps_rs_native-")
+    library = "laps_native/_native.abi3.so" if native else "laps/_laps.abi3.so"
+    problems = tag_problems(wheel.name, portable=not native)
     print(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         binaries = [read_binary(name, archive.read(name)) for name in names if ".so" in Path(name).suffixes]
-    problems += [f"{name} is not in it" for name in WHEEL_FILES if name not in names]
+    problems += [
+        f"{name} is not in it" for name in (NATIVE_FILES if native else WHEEL_FILES) if name not in names
+    ]
     problems += [
         f"{licence} is not in it"
         for licence in ("LICENSE-MIT", "LICENSE-APACHE")
         if not any(name.endswith("/" + licence) for name in names)
     ]
-    if [binary.name for binary in binaries] != ["laps/_laps.abi3.so"]:
-        problems.append(
-            f"its libraries are {[binary.name for binary in binaries]} (expected laps/_laps.abi3.so)"
-        )
+    if [binary.name for binary in binaries] != [library]:
+        problems.append(f"its libraries are {[binary.name for binary in binaries]} (expected {library})")
     for binary in binaries:
         glibc = ".".join(map(str, binary.glibc))
         print(f"  {binary.name}: needs {', '.join(binary.needed) or 'nothing'}; glibc {glibc}")
-        problems += binary_problems(binary)
+        problems += binary_problems(binary, portable=not native)
     return problems
 
 

@@ -38,13 +38,19 @@
 //! ```
 //!
 //! Features: `python` builds the extension module of the Python package `laps`; `cuda` adds the kernels for NVIDIA GPUs,
-//! which need nothing of CUDA to build.
+//! which need nothing of CUDA to build; `torch` adds the `model` module, the full model on libtorch. Building that one needs
+//! torch 2.11: in a Python environment (with `LIBTORCH_USE_PYTORCH=1`, which this repository's `.cargo/config.toml` sets), or
+//! as the folder `LIBTORCH`.
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
 mod error;
+#[cfg(feature = "torch")]
+pub mod model;
 #[cfg(feature = "python")]
 mod python;
+#[cfg(feature = "python-errors")]
+mod python_errors;
 pub mod slimming;
 
 pub use error::LapsError;

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from huggingface_hub import ModelHubMixin, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import ModelHubMixin
 from torch import Tensor, nn
 
 from . import _check
 from ._files import atomic_path, write_atomically
+from ._hub import find_folder
 from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
 from .data import Batch, CaptionTokenizer, ImageTransform, open_image
-from .encoders import ImageEncoder, TextEncoder
-from .encoders.backbone import UNUSED, config_of, freeze
+from .encoders import ImageEncoder, TextEncoder, implementations
+from .encoders.backbone import UNUSED, describe, freeze, is_transformers
 from .encoders.keys import check_weights
 from .errors import LapsError, LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
@@ -132,19 +132,20 @@ class LAPS(nn.Module, ModelHubMixin):
     # ---- building
 
     @classmethod
-    def from_config(cls: type[LAPST], config: LAPSConfig, **parts: Any) -> LAPST:
+    def from_config(cls: type[LAPST], config: LAPSConfig, *, encoders: str = "hf", **parts: Any) -> LAPST:
         """A model with random weights.
 
         Args:
             config: what to build.
+            encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`from_pretrained`.
             parts: ``tokenizer``, ``transform``, and ``image_encoder`` or ``text_encoder`` as modules where
                 the config leaves them to you.
 
         Raises:
             LapsValueError: the config leaves an encoder to you and it was not given, or it does not fit.
         """
-        encoders = {side: parts.pop(side, None) or _new_backbone(config, side) for side in SIDES}
-        return cls._assemble(config, **encoders, **parts)
+        backbones = {side: parts.pop(side, None) or _new_backbone(config, side, encoders) for side in SIDES}
+        return cls._assemble(config, **backbones, **parts)
 
     @classmethod
     def from_preset(
@@ -158,6 +159,7 @@ class LAPS(nn.Module, ModelHubMixin):
         head_options: Mapping[str, Any] | None = None,
         loss: Mapping[str, Any] | None = None,
         tokenizer: CaptionTokenizer | None = None,
+        encoders: str = "hf",
     ) -> LAPST:
         """A model of the paper's Tables 1 and 2, ready to be trained: pretrained encoders, a fresh head.
 
@@ -170,6 +172,7 @@ class LAPS(nn.Module, ModelHubMixin):
             head_options: keyword arguments of the head, over those of the preset.
             loss: keyword arguments of :class:`laps.objective.Objective`.
             tokenizer: None: the text checkpoint's.
+            encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`from_pretrained`.
 
         Raises:
             LapsValueError: an unknown name, no such checkpoint, or one that lacks weights.
@@ -180,17 +183,15 @@ class LAPS(nn.Module, ModelHubMixin):
         if pretrained:
             text_source = text_checkpoint or preset.text_checkpoint
             images = ImageEncoder.from_pretrained(
-                image_checkpoint or preset.image_checkpoint, embed_dim=preset.embed_dim
+                image_checkpoint or preset.image_checkpoint, embed_dim=preset.embed_dim, encoders=encoders
             )
-            texts = TextEncoder.from_pretrained(text_source, embed_dim=preset.embed_dim)
+            texts = TextEncoder.from_pretrained(text_source, embed_dim=preset.embed_dim, encoders=encoders)
             tokenizer = tokenizer or CaptionTokenizer.from_pretrained(text_source)
         else:
-            from .encoders import transformers_backbone as backbones
-
-            image_config = backbones.config_from_dict(preset.image_encoder)
-            text_config = backbones.config_from_dict(preset.text_encoder)
-            images = ImageEncoder(backbones.build(image_config), embed_dim=preset.embed_dim)
-            texts = TextEncoder(backbones.build(text_config), embed_dim=preset.embed_dim)
+            image_backbone = implementations.build(preset.image_encoder, encoders)
+            text_backbone = implementations.build(preset.text_encoder, encoders)
+            images = ImageEncoder(image_backbone, embed_dim=preset.embed_dim)
+            texts = TextEncoder(text_backbone, embed_dim=preset.embed_dim)
         options = dict(preset.head_options) if head == "laps" else {}
         built = build_head(
             head,
@@ -494,6 +495,7 @@ class LAPS(nn.Module, ModelHubMixin):
         cls: type[LAPST],
         pretrained_model_name_or_path: str | Path,
         *,
+        encoders: str = "hf",
         force_download: bool = False,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -505,6 +507,9 @@ class LAPS(nn.Module, ModelHubMixin):
 
         Args:
             pretrained_model_name_or_path: a folder, or an id on the hub.
+            encoders: ``"hf"``, those of transformers; ``"native"``, those of :mod:`laps.encoders.native`, in
+                Rust; ``"auto"``, native where they are installed and know the model. The scores are the same
+                to rounding, and so are the files that the model is saved in.
             force_download: this and the following are those of :func:`huggingface_hub.snapshot_download`.
             token: of the hub.
             cache_dir: of the hub's files.
@@ -518,36 +523,20 @@ class LAPS(nn.Module, ModelHubMixin):
                 is named), weights that do not fit (missing and unexpected keys are named).
         """
         # Not the mixin's way: it takes the entries of config.json for arguments of the constructor.
-        source = str(pretrained_model_name_or_path)
-        folder = Path(source)
-        if not folder.is_dir():
-            if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
-                raise LapsValueError(
-                    _check.message("LAPS.from_pretrained", f"{source} does not exist", "a folder or a hub id")
-                )
-            try:
-                folder = Path(
-                    snapshot_download(
-                        source,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                        allow_patterns=[CONFIG, WEIGHTS, TOKENIZER, TRANSFORM],
-                    )
-                )
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
-                reason = str(error).strip().split("\n")[0]
-                raise LapsValueError(
-                    _check.message(
-                        "LAPS.from_pretrained", f"{source} cannot be had", "a folder or a hub id", reason
-                    )
-                ) from error
-        return cls._from_folder(folder, **parts)
+        folder = find_folder(
+            "LAPS.from_pretrained",
+            pretrained_model_name_or_path,
+            [CONFIG, WEIGHTS, TOKENIZER, TRANSFORM],
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        return cls._from_folder(folder, encoders, **parts)
 
     @classmethod
-    def _from_folder(cls: type[LAPST], folder: Path, **parts: Any) -> LAPST:
+    def _from_folder(cls: type[LAPST], folder: Path, encoders: str, **parts: Any) -> LAPST:
         config = LAPSConfig.load(folder / CONFIG)
         state = load_tensors("LAPS.from_pretrained", folder / WEIGHTS)
         if "tokenizer" not in parts and (folder / TOKENIZER).exists():
@@ -555,9 +544,9 @@ class LAPS(nn.Module, ModelHubMixin):
         if "transform" not in parts:
             parts["transform"] = _read_transform(folder / TRANSFORM)
         with _made_from(folder / CONFIG):
-            backbones = {side: _stored_backbone(config, side, state, parts) for side in SIDES}
-            encoders = {side: module for side, (module, _) in backbones.items()}
-            model = cls._assemble(config, **encoders, **parts)
+            backbones = {side: _stored_backbone(config, side, encoders, state, parts) for side in SIDES}
+            modules = {side: module for side, (module, _) in backbones.items()}
+            model = cls._assemble(config, **modules, **parts)
         model._load_rest(state, str(folder / WEIGHTS), complete=all(fits for _, fits in backbones.values()))
         return model.eval()
 
@@ -566,14 +555,15 @@ class LAPS(nn.Module, ModelHubMixin):
         theirs = tuple(
             f"{side}.backbone."
             for side, b in zip(SIDES, self._backbones(), strict=True)
-            if _backbone_config(b)
+            if is_transformers(b)
         )
+        backbones = tuple(f"{side}.backbone." for side in SIDES)
         rest = {name: t for name, t in state.items() if not name.startswith(theirs)}
         own = {name: t for name, t in self.state_dict().items() if not name.startswith(theirs)}
         if not complete or {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in rest.items()}:
 
             def needed(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-                unused = (n for n in weights if n.startswith(theirs) and any(part in n for part in UNUSED))
+                unused = (n for n in weights if n.startswith(backbones) and any(part in n for part in UNUSED))
                 return {name: weights[name] for name in weights.keys() - set(unused)}
 
             # All at once, the backbones' too, and under the names of the file.
@@ -615,23 +605,18 @@ def _within(tokenizer: CaptionTokenizer | None, longest: int | None) -> CaptionT
 
 
 def _backbone_config(backbone: nn.Module) -> dict[str, Any]:
-    """The configuration of a model of transformers; empty for any other module."""
-    config = config_of("LAPS", backbone, None)
-    if config is None:
-        return {}
-    values = cast("dict[str, Any]", config.to_dict())
-    # A path of its maker's machine, and notes that transformers adds when it saves: no part of the model.
-    for name in ("_name_or_path", "architectures", "dtype"):
-        values.pop(name, None)
-    return values
+    """The configuration of a backbone that can be built from one; empty for a module of the user's own."""
+    description = describe(backbone)
+    return {} if description is None else description.config
 
 
 def _weights(backbone: nn.Module) -> dict[str, Tensor]:
-    if not _backbone_config(backbone):
+    """The weights under the names that they are kept under."""
+    if not is_transformers(backbone):
         return backbone.state_dict()
     from .encoders import transformers_backbone
 
-    return transformers_backbone.weights(backbone)
+    return transformers_backbone.weights(cast("Any", backbone))
 
 
 def _read_transform(path: Path) -> ImageTransform:
@@ -660,42 +645,34 @@ def _objective(options: Mapping[str, Any]) -> Objective:
         ) from None
 
 
-def _described_backbone(config: LAPSConfig, side: str) -> Any:
-    """The configuration of a model of transformers."""
-    values = getattr(config, side)
+def _described_backbone(config: LAPSConfig, side: str) -> dict[str, Any]:
+    """The configuration that a backbone can be built from."""
+    values: dict[str, Any] = getattr(config, side)
     if not values:
         raise LapsValueError(
             _check.message("LAPS", f"{side} is a module of your own, which no file holds", f"{side}=module")
         )
-    from .encoders import transformers_backbone as backbones
-
-    return backbones.config_from_dict(values)
+    return values
 
 
-def _new_backbone(config: LAPSConfig, side: str) -> nn.Module:
-    """A backbone of transformers with random weights."""
-    from .encoders import transformers_backbone as backbones
-
-    backbone: nn.Module = backbones.build(_described_backbone(config, side))
-    return backbone
+def _new_backbone(config: LAPSConfig, side: str, encoders: str) -> nn.Module:
+    """A backbone with random weights."""
+    return implementations.build(_described_backbone(config, side), encoders)
 
 
 def _stored_backbone(
-    config: LAPSConfig, side: str, state: Mapping[str, Tensor], parts: dict[str, Any]
+    config: LAPSConfig, side: str, encoders: str, state: Mapping[str, Tensor], parts: dict[str, Any]
 ) -> tuple[nn.Module, bool]:
-    """The caller's encoder or backbone, out of `parts`, else one of transformers with the stored weights.
+    """The caller's encoder or backbone, out of `parts`, else one for the stored weights.
 
     Also whether the stored weights fit it: what they lack is random.
     """
     given: nn.Module | None = parts.pop(side, None)
     if given is not None:
         return given, True
-    from .encoders import transformers_backbone as backbones
-
     prefix = f"{side}.backbone."
     stored = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    backbone, misfit = backbones.from_weights(_described_backbone(config, side), stored)
-    return backbone, not any(misfit)
+    return implementations.restore(_described_backbone(config, side), encoders, stored)
 
 
 def _image_encoder(config: LAPSConfig, given: nn.Module) -> ImageEncoder:

@@ -3,7 +3,6 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dlpack;
-mod errors;
 mod gate;
 mod options;
 mod similarity;

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..errors import LapsValueError
+from . import implementations
 from .backbone import prepare
 
 __all__ = ["ImageEncoder"]
@@ -53,14 +54,12 @@ class ImageEncoder(nn.Module):
         image_size: int | None = None,
     ) -> None:
         super().__init__()
-        config = prepare("ImageEncoder", backbone, "pixel_values")
+        description = prepare("ImageEncoder", backbone, "pixel_values")
         self.backbone = backbone
-        if config is not None:
-            from . import transformers_backbone
-
-            known = transformers_backbone.num_prefix_tokens(config)
+        if description is not None:
+            known = description.num_prefix_tokens
             num_prefix_tokens = known if num_prefix_tokens is None else num_prefix_tokens
-            image_size = getattr(config, "image_size", None) if image_size is None else image_size
+            image_size = description.image_size if image_size is None else image_size
         for name, value in (("num_prefix_tokens", num_prefix_tokens), ("image_size", image_size)):
             if value is None:
                 raise LapsValueError(
@@ -68,7 +67,7 @@ class ImageEncoder(nn.Module):
                 )
         self.num_prefix_tokens = _check.count("ImageEncoder", "num_prefix_tokens", num_prefix_tokens, 0)
         self.image_size = _check.count("ImageEncoder", "image_size", image_size)
-        self.clip = getattr(config, "model_type", None) == "clip_vision_model"
+        self.projects = description is not None and description.projects
         tokens, width = self._probe()
         self.num_patches = tokens - self.num_prefix_tokens
         self.embed_dim = width if embed_dim is None else _check.count("ImageEncoder", "embed_dim", embed_dim)
@@ -82,17 +81,23 @@ class ImageEncoder(nn.Module):
         embed_dim: int | None = None,
         num_prefix_tokens: int | None = None,
         image_size: int | None = None,
+        encoders: str = "hf",
     ) -> ImageEncoder:
         """An encoder around pretrained weights: a folder as transformers saves it, or the hub's id.
 
+        Args:
+            source: the folder or the id.
+            embed_dim: as in the constructor, and so are the next two.
+            num_prefix_tokens: P.
+            image_size: S in pixels. Native ViT and CLIP take any: their position embeddings are interpolated.
+            encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`laps.LAPS.from_pretrained`.
+
         Raises:
             LapsValueError: no checkpoint there, one of another kind of model, or one that lacks weights of
-                the encoder (they are named).
+                the encoder (they are named). ImportError: no native encoders here.
         """
-        from . import transformers_backbone
-
         return cls(
-            transformers_backbone.load(source, "vision"),
+            implementations.load(source, "vision", encoders, image_size),
             embed_dim=embed_dim,
             num_prefix_tokens=num_prefix_tokens,
             image_size=image_size,
@@ -125,7 +130,7 @@ class ImageEncoder(nn.Module):
             raise LapsValueError(
                 _check.message("ImageEncoder", "backbone returns no tokens", "a tensor (B, P + N, D)", got)
             )
-        if self.clip:
+        if self.projects:
             tokens = backbone.visual_projection(backbone.vision_model.post_layernorm(tokens))
         return tokens
 

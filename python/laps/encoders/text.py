@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
+from . import implementations
 from .backbone import prepare
 
 __all__ = ["TextEncoder"]
@@ -42,26 +43,31 @@ class TextEncoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, *, embed_dim: int | None = None) -> None:
         super().__init__()
-        config = prepare("TextEncoder", backbone, "input_ids")
+        description = prepare("TextEncoder", backbone, "input_ids")
         self.backbone = backbone
-        self.clip = getattr(config, "model_type", None) == "clip_text_model"
-        self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.vocab_size: int | None = getattr(config, "vocab_size", None)
+        self.projects = description is not None and description.projects
+        self.max_length = description.max_length if description else None
+        self.vocab_size = description.vocab_size if description else None
         width = self._probe()
         self.embed_dim = width if embed_dim is None else _check.count("TextEncoder", "embed_dim", embed_dim)
         self.projection = nn.Identity() if embed_dim is None else nn.Linear(width, self.embed_dim)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, embed_dim: int | None = None) -> TextEncoder:
+    def from_pretrained(
+        cls, source: str | Path, *, embed_dim: int | None = None, encoders: str = "hf"
+    ) -> TextEncoder:
         """An encoder around pretrained weights: a folder as transformers saves it, or the hub's id.
+
+        Args:
+            source: the folder or the id.
+            embed_dim: as in the constructor.
+            encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`laps.LAPS.from_pretrained`.
 
         Raises:
             LapsValueError: no checkpoint there, one of another kind of model, or one that lacks weights of
-                the encoder (they are named).
+                the encoder (they are named). ImportError: no native encoders here.
         """
-        from . import transformers_backbone
-
-        return cls(transformers_backbone.load(source, "text"), embed_dim=embed_dim)
+        return cls(implementations.load(source, "text", encoders), embed_dim=embed_dim)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Ids (B, L) int64 and lengths (B,) int64, on any device, to tokens (B, L, C).
@@ -106,7 +112,7 @@ class TextEncoder(nn.Module):
             raise LapsValueError(
                 _check.message("TextEncoder", "backbone returns no tokens", "a tensor (B, L, D)", got)
             )
-        if self.clip:
+        if self.projects:
             tokens = backbone.text_projection(tokens)
         return tokens
 

@@ -8,9 +8,14 @@ use crate::error::LapsError;
 impl From<LapsError> for PyErr {
     fn from(error: LapsError) -> PyErr {
         let name = match error {
-            LapsError::Shape { .. } | LapsError::Value { .. } => "LapsValueError",
+            LapsError::Shape { .. }
+            | LapsError::Value { .. }
+            | LapsError::Weights { .. }
+            | LapsError::File { .. } => "LapsValueError",
             LapsError::Type { .. } => "LapsTypeError",
             LapsError::Device { .. } | LapsError::Interrupted { .. } => "LapsError",
+            #[cfg(feature = "torch")]
+            LapsError::Torch(_) => "LapsError",
         };
         let message = error.to_string();
         Python::attach(|py| {

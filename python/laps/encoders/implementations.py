@@ -1,0 +1,97 @@
+"""Whose implementation of an encoder's backbone: that of Hugging Face transformers, or the native one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .. import _check
+
+__all__ = ["IMPLEMENTATIONS", "build", "load", "restore"]
+
+# "auto" is the native one where it is installed and knows the model, else that of transformers.
+IMPLEMENTATIONS = ("hf", "native", "auto")
+
+
+def _is_native(encoders: str, model_type: object) -> bool:
+    _check.choice("encoders", "encoders", encoders, IMPLEMENTATIONS)
+    if encoders != "auto":
+        return encoders == "native"
+    try:
+        from . import native
+    except ImportError:
+        return False
+    return model_type in native.KNOWN
+
+
+def build(config: Mapping[str, Any], encoders: str) -> nn.Module:
+    """A backbone with random weights, in training mode.
+
+    Raises:
+        LapsValueError: a senseless configuration. ImportError: no native encoders here, where they are asked
+            for.
+    """
+    if _is_native(encoders, config.get("model_type")):
+        from . import native
+
+        return native.NativeBackbone(config)
+    from . import transformers_backbone as backbones
+
+    backbone: nn.Module = backbones.build(backbones.config_from_dict(config))
+    return backbone
+
+
+def restore(config: Mapping[str, Any], encoders: str, state: Mapping[str, Tensor]) -> tuple[nn.Module, bool]:
+    """A backbone for weights under the hub's names, and whether they all found their place.
+
+    The native one is left without weights: its names are those of `state`, so that the caller can load them.
+
+    Raises:
+        LapsValueError, ImportError: as `build`.
+    """
+    if _is_native(encoders, config.get("model_type")):
+        from . import native
+
+        return native.NativeBackbone(config, random=False), True
+    from . import transformers_backbone as backbones
+
+    backbone, misfit = backbones.from_weights(backbones.config_from_dict(config), state)
+    return backbone, not any(misfit)
+
+
+def load(source: str | Path, part: str, encoders: str, image_size: int | None = None) -> nn.Module:
+    """A pretrained backbone from a folder or the hub, in training mode and float32.
+
+    Args:
+        source: a folder as transformers writes it, or the hub's id.
+        part: ``"vision"`` or ``"text"``: the half of a CLIP checkpoint to take.
+        encoders: "hf", "native" or "auto".
+        image_size: S in pixels, of a native ViT or CLIP: its position embeddings are interpolated to it.
+
+    Raises:
+        LapsValueError: no checkpoint there, one of another kind of model, or weights are missing from it (it
+            names them). ImportError: as `build`.
+    """
+    if encoders != "hf" and _is_native(encoders, _model_type(source, part)):
+        from . import native
+
+        return native.load(source, part, image_size=image_size)
+    from . import transformers_backbone as backbones
+
+    backbone: nn.Module = backbones.load(source, part)
+    return backbone
+
+
+def _model_type(source: str | Path, part: str) -> object:
+    """The `model_type` of a checkpoint, or of its half."""
+    from .._hub import find_folder
+    from .._json_files import read_object
+
+    operation = f"{part} encoder"
+    folder = find_folder(operation, source, ["config.json"])
+    config = read_object(operation, folder / "config.json", "the config.json of a checkpoint")
+    nested = config.get(f"{part}_config", config)
+    return nested.get("model_type", f"clip_{part}_model") if isinstance(nested, dict) else None

@@ -1,0 +1,195 @@
+//! The encoders that this crate has, chosen by the `model_type` of a Hugging Face configuration.
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+use tch::{Kind, Tensor};
+
+use super::Result;
+use super::bert::{Bert, BertConfig};
+use super::clip::{ClipText, ClipTextConfig, ClipVision, ClipVisionConfig};
+use super::source::Scope;
+use super::swin::{Swin, SwinConfig};
+use super::vit::{Vit, VitConfig};
+use crate::error::LapsError;
+
+/// Configuration of an image encoder.
+#[derive(Clone, Debug)]
+pub enum VisionConfig {
+    Vit(VitConfig),
+    Swin(SwinConfig),
+    Clip(ClipVisionConfig),
+}
+
+/// Configuration of a text encoder.
+#[derive(Clone, Debug)]
+pub enum TextConfig {
+    Bert(BertConfig),
+    Clip(ClipTextConfig),
+}
+
+impl VisionConfig {
+    /// Of the JSON object that transformers writes.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        match model_type(json)? {
+            "vit" => Ok(VisionConfig::Vit(parse(json)?)),
+            "swin" => Ok(VisionConfig::Swin(parse(json)?)),
+            "clip_vision_model" => Ok(VisionConfig::Clip(parse(json)?)),
+            other => {
+                Err(LapsError::value("encoder config", "model_type", "vit, swin or clip_vision_model", other))
+            }
+        }
+    }
+
+    /// S in pixels.
+    pub fn image_size(&self) -> i64 {
+        match self {
+            VisionConfig::Vit(config) => config.image_size,
+            VisionConfig::Swin(config) => config.image_size,
+            VisionConfig::Clip(config) => config.image_size,
+        }
+    }
+
+    /// P.
+    pub fn prefix_tokens(&self) -> i64 {
+        match self {
+            VisionConfig::Vit(_) | VisionConfig::Clip(_) => 1,
+            VisionConfig::Swin(_) => 0,
+        }
+    }
+
+    /// Patches along a side of the image; N is its square.
+    pub fn side(&self) -> i64 {
+        match self {
+            VisionConfig::Vit(config) => config.side(),
+            VisionConfig::Swin(config) => config.side(),
+            VisionConfig::Clip(config) => config.side(),
+        }
+    }
+
+    /// D of the tokens.
+    pub fn width(&self) -> i64 {
+        match self {
+            VisionConfig::Vit(config) => config.hidden_size,
+            VisionConfig::Swin(config) => config.width(),
+            VisionConfig::Clip(config) => config.projection_dim,
+        }
+    }
+
+    /// The table of position embeddings, if the resolution decides its size.
+    pub(crate) fn positions(&self) -> Option<&'static str> {
+        match self {
+            VisionConfig::Vit(_) => Some("embeddings.position_embeddings"),
+            VisionConfig::Clip(_) => Some("vision_model.embeddings.position_embedding.weight"),
+            VisionConfig::Swin(config) => {
+                config.use_absolute_embeddings.then_some("embeddings.position_embeddings")
+            }
+        }
+    }
+}
+
+impl TextConfig {
+    /// Of the JSON object that transformers writes.
+    pub fn from_json(json: &Value) -> Result<Self> {
+        match model_type(json)? {
+            "bert" => Ok(TextConfig::Bert(parse(json)?)),
+            "clip_text_model" => Ok(TextConfig::Clip(parse(json)?)),
+            other => Err(LapsError::value("encoder config", "model_type", "bert or clip_text_model", other)),
+        }
+    }
+
+    /// The most tokens of a caption.
+    pub fn max_length(&self) -> i64 {
+        match self {
+            TextConfig::Bert(config) => config.max_position_embeddings,
+            TextConfig::Clip(config) => config.max_position_embeddings,
+        }
+    }
+
+    pub fn vocab_size(&self) -> i64 {
+        match self {
+            TextConfig::Bert(config) => config.vocab_size,
+            TextConfig::Clip(config) => config.vocab_size,
+        }
+    }
+
+    /// D of the tokens.
+    pub fn width(&self) -> i64 {
+        match self {
+            TextConfig::Bert(config) => config.hidden_size,
+            TextConfig::Clip(config) => config.projection_dim,
+        }
+    }
+}
+
+fn model_type(json: &Value) -> Result<&str> {
+    json.get("model_type").and_then(Value::as_str).ok_or_else(|| {
+        LapsError::value("encoder config", "model_type", "a string, such as vit or bert", "nothing")
+    })
+}
+
+fn parse<T: DeserializeOwned>(json: &Value) -> Result<T> {
+    serde_json::from_value(json.clone())
+        .map_err(|error| LapsError::value("encoder config", "a value", "those of the encoders here", error))
+}
+
+/// Refuses a size that the heads of an attention cannot share.
+pub(super) fn check_heads(size: i64, heads: i64) -> Result<()> {
+    if size < 1 || heads < 1 || size % heads != 0 {
+        let expected = format!("a divisor of the hidden size {size}");
+        return Err(LapsError::value("encoder config", "num_attention_heads", expected, heads));
+    }
+    Ok(())
+}
+
+/// Pixels to tokens.
+#[derive(Debug)]
+pub enum Vision {
+    Vit(Vit),
+    Swin(Swin),
+    Clip(ClipVision),
+}
+
+impl Vision {
+    pub fn new(at: Scope<'_>, config: &VisionConfig) -> Result<Self> {
+        Ok(match config {
+            VisionConfig::Vit(config) => Vision::Vit(Vit::new(at, config)?),
+            VisionConfig::Swin(config) => Vision::Swin(Swin::new(at, config)?),
+            VisionConfig::Clip(config) => Vision::Clip(ClipVision::new(at, config)?),
+        })
+    }
+
+    /// Pixels (B, 3, S, S) to tokens (B, P + N, D), prefix first. `train` switches dropout and stochastic depth on.
+    pub fn forward(&self, pixels: &Tensor, train: bool) -> Result<Tensor> {
+        match self {
+            Vision::Vit(vit) => vit.forward(pixels, train),
+            Vision::Swin(swin) => swin.forward(pixels, train),
+            Vision::Clip(clip) => clip.forward(pixels, train),
+        }
+    }
+}
+
+/// Token ids to tokens.
+#[derive(Debug)]
+pub enum Text {
+    Bert(Bert),
+    Clip(ClipText),
+}
+
+impl Text {
+    pub fn new(at: Scope<'_>, config: &TextConfig) -> Result<Self> {
+        Ok(match config {
+            TextConfig::Bert(config) => Text::Bert(Bert::new(at, config)?),
+            TextConfig::Clip(config) => Text::Clip(ClipText::new(at, config)?),
+        })
+    }
+
+    /// Ids (B, L) and lengths (B,), int64, to tokens (B, L, D). Rows past a length are undefined. `train` switches
+    /// dropout on.
+    pub fn forward(&self, ids: &Tensor, lengths: &Tensor, train: bool) -> Result<Tensor> {
+        let lengths = lengths.f_to_device(ids.device())?.f_to_kind(Kind::Int64)?;
+        match self {
+            Text::Bert(bert) => bert.forward(ids, &lengths, train),
+            Text::Clip(clip) => clip.forward(ids, train),
+        }
+    }
+}

@@ -1,0 +1,46 @@
+//! The full model on tch: encoders, head, loss, files; what the Python package has, for programs without Python. Both
+//! read and write the same folders.
+//!
+//! ```no_run
+//! use laps::model::Laps;
+//!
+//! let model = Laps::from_pretrained("out/demo/laps", tch::Device::Cpu)?;
+//! let texts = model.encode_captions(&["a red circle", "a blue square"])?;
+//! for images in model.encode_files(&["photo.jpg"], 8)? {
+//!     model.similarity(&images, &texts)?.print(); // (1, 2)
+//! }
+//! # Ok::<(), laps::LapsError>(())
+//! ```
+//!
+//! `examples/train.rs` trains one. The encoders work on any device of torch's; the head's kernels run on the CPU, where
+//! features come for them.
+
+mod arrays;
+mod backbone;
+mod bert;
+mod captions;
+mod checkpoint;
+mod clip;
+mod config;
+mod files;
+mod head;
+mod images;
+mod laps;
+mod layers;
+mod loss;
+pub mod source;
+mod swin;
+mod vit;
+
+use crate::error::LapsError;
+
+pub use backbone::{Text, TextConfig, Vision, VisionConfig};
+pub use captions::CaptionTokenizer;
+pub use checkpoint::{Checkpoint, Half};
+pub use config::{DirectionReduction, HeadOptions, LapsConfig, LossName, LossOptions, SelectBy, Variant};
+pub use head::{ImageFeatures, LapsHead, Scored, Scores, TextFeatures};
+pub use images::{ImageTransform, Interpolation};
+pub use laps::{BACKBONE_GROUP, Batch, Laps};
+pub use loss::Objective;
+
+type Result<T> = std::result::Result<T, LapsError>;

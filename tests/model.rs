@@ -1,0 +1,311 @@
+//! The full model on tch beside the Python package: the same folders, the same scores, the same training steps.
+//!
+//! Python (with torch and this package; `make test-model` sets it up) makes the models first: tests/_rust_models.py.
+
+#![cfg(feature = "torch")]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use laps::LapsError;
+use laps::model::{BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, Half, Laps};
+use tch::nn::{OptimizerConfig, Sgd};
+use tch::{Device, Tensor};
+
+const MODELS: [&str; 5] = ["vit", "swin", "clip", "paper", "all patches"];
+
+fn python() -> Command {
+    let mut command = Command::new(if cfg!(windows) { "python" } else { "python3" });
+    command.env("OMP_NUM_THREADS", "1").env("HF_HUB_OFFLINE", "1");
+    command
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("python3 on the PATH");
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// The folder with the models, made once for all tests of this process.
+fn models() -> &'static Path {
+    static FOLDER: OnceLock<PathBuf> = OnceLock::new();
+    FOLDER.get_or_init(|| {
+        let folder = scratch("models");
+        run(python().arg("tests/_rust_models.py").arg(&folder));
+        folder
+    })
+}
+
+/// An empty folder of this process.
+fn scratch(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    folder
+}
+
+fn named(file: PathBuf) -> impl Fn(&str) -> Tensor {
+    let tensors = Tensor::read_safetensors(file).unwrap();
+    move |name| {
+        tensors.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name}")).1.shallow_clone()
+    }
+}
+
+fn batch(folder: &Path) -> Batch {
+    let tensor = named(folder.join("batch.safetensors"));
+    Batch {
+        pixels: tensor("pixels"),
+        ids: tensor("ids"),
+        lengths: tensor("lengths"),
+        images: tensor("images"),
+    }
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a.to_kind(tch::Kind::Double) - b).abs().max().double_value(&[])
+}
+
+fn scores(model: &Laps, batch: &Batch) -> Tensor {
+    tch::no_grad(|| {
+        let images = model.encode_image(&batch.pixels, false).unwrap();
+        let texts = model.encode_text(&batch.ids, &batch.lengths, false).unwrap();
+        model.similarity(&images, &texts).unwrap()
+    })
+}
+
+#[test]
+fn a_folder_of_python_gives_the_same_scores() {
+    for name in MODELS {
+        let folder = models().join(name);
+        let (mut model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+        let expected = named(folder.join("expected.safetensors"));
+        let narrow = difference(&scores(&model, &batch), &expected("scores32"));
+        assert!(narrow < 1e-5, "{name}: {narrow} in f32");
+        model.variables.double();
+        let wide = difference(&scores(&model, &batch), &expected("scores64"));
+        assert!(wide < 1e-9, "{name}: {wide} in f64");
+    }
+}
+
+#[test]
+fn pair_by_pair_is_the_diagonal() {
+    let folder = models().join("vit");
+    let (model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+    let images = model.encode_image(&batch.pixels, false).unwrap();
+    let texts = model.encode_text(&batch.ids, &batch.lengths, false).unwrap();
+    let all = model.similarity(&images, &texts).unwrap();
+    let pairs = model.head().similarity_pairwise(&images, &texts).unwrap().scores;
+    assert!(difference(&pairs, &all.diagonal(0, 0, 1)) < 1e-6);
+}
+
+#[test]
+fn two_steps_of_training_give_the_weights_that_python_has_then() {
+    for name in MODELS {
+        let folder = models().join(name);
+        let (mut model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+        model.variables.double();
+        let expected = named(folder.join("expected.safetensors"));
+        let mut optimizer = Sgd::default().build(&model.variables, 0.01).unwrap();
+        tch::manual_seed(3);
+        let mut losses = Vec::new();
+        for _ in 0..2 {
+            let loss = model.loss(&batch, None).unwrap();
+            optimizer.backward_step(&loss);
+            losses.push(loss.double_value(&[]));
+        }
+        let error = difference(&Tensor::from_slice(&losses), &expected("losses"));
+        assert!(error < 1e-9, "{name}: losses {losses:?} differ by {error}");
+        for (parameter, tensor) in model.variables.variables() {
+            let error = difference(&tensor, &expected(&format!("after.{parameter}")));
+            assert!(error < 1e-9, "{name}: {parameter} differs by {error}");
+        }
+    }
+}
+
+#[test]
+fn python_reads_what_was_saved_here() {
+    for name in ["vit", "clip", "paper"] {
+        let (source, folder) = (models().join(name), scratch(&format!("saved {name}")));
+        let model = Laps::from_pretrained(&source, Device::Cpu).unwrap();
+        model.save_pretrained(&folder).unwrap();
+        let again = Laps::from_pretrained(&folder, Device::Cpu).unwrap();
+        let batch = batch(&source);
+        assert_eq!(difference(&scores(&again, &batch), &scores(&model, &batch)), 0.0);
+        let code = "import sys, laps; a, b = map(laps.LAPS.from_pretrained, sys.argv[1:]); \
+                    assert a.config == b.config and a.transform == b.transform; \
+                    assert a.tokenizer.encode(['a red circle']).input_ids.equal( \
+                        b.tokenizer.encode(['a red circle']).input_ids); b = b.state_dict(); \
+                    assert all((b[k] == v).all() for k, v in a.state_dict().items())";
+        run(python().args(["-c", code]).args([&source, &folder]));
+    }
+}
+
+#[test]
+fn a_saved_model_stays_whole_when_saving_fails() {
+    let folder = scratch("full");
+    let model = Laps::from_pretrained(models().join("vit"), Device::Cpu).unwrap();
+    model.save_pretrained(&folder).unwrap();
+    let before = std::fs::read(folder.join("model.safetensors")).unwrap();
+    // A folder where the new config should go.
+    std::fs::remove_file(folder.join("config.json")).unwrap();
+    std::fs::create_dir_all(folder.join("config.json").join("x")).unwrap();
+    let error = model.save_pretrained(&folder).unwrap_err().to_string();
+    assert!(error.contains("config.json") && error.contains("cannot be written"), "{error}");
+    assert_eq!(std::fs::read(folder.join("model.safetensors")).unwrap(), before);
+    let names = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name());
+    let partial = names.filter(|name| name.to_string_lossy().contains("partial"));
+    assert_eq!(partial.count(), 0, "nothing half-written is left");
+}
+
+#[test]
+fn captions_and_images_become_what_python_makes_of_them() {
+    let folder = models().join("vit");
+    let captions = ["a red circle", "two dotted triangles above it", "unseen wörds, too"];
+    let image = folder.join("photo.png");
+    let out = scratch("inputs").join("expected.safetensors");
+    let code = "import sys, torch, PIL.Image, laps; from safetensors.torch import save_file; \
+                torch.manual_seed(0); \
+                pixels = torch.nn.functional.interpolate(torch.rand(1, 4, 9, 11), (61, 83), mode='bilinear')[0]; \
+                pixels = (pixels * 255).byte().permute(1, 2, 0).contiguous().numpy(); \
+                PIL.Image.fromarray(pixels, 'RGBA').save(sys.argv[2]); \
+                model = laps.LAPS.from_pretrained(sys.argv[1]); \
+                tokens = model.tokenizer.encode(sys.argv[4:]); \
+                pixels = model.transform.eval()(laps.data.open_image(sys.argv[2])).contiguous(); \
+                save_file(dict(ids=tokens.input_ids, lengths=tokens.lengths, pixels=pixels), sys.argv[3])";
+    run(python().args(["-W", "ignore", "-c", code]).args([&folder, &image, &out]).args(captions));
+    let expected = named(out);
+    let tokenizer = CaptionTokenizer::from_file(folder.join("tokenizer.json"), 512).unwrap();
+    let (ids, lengths) = tokenizer.encode(&captions).unwrap();
+    assert_eq!((ids, lengths), (expected("ids"), expected("lengths")));
+    let model = Laps::from_pretrained(&folder, Device::Cpu).unwrap();
+    let pixels = model.transform.load(&image).unwrap();
+    assert_eq!(model.encode_captions(&captions).unwrap().lengths, expected("lengths"));
+    assert_eq!(model.encode_files(&[&image, &image, &image], 2).unwrap().len(), 2);
+    // One of 255 steps, over the smallest standard deviation.
+    // One of compositing, one of resizing.
+    let steps = difference(&pixels, &expected("pixels")) * 255.0 * 0.224;
+    assert!(steps < 2.01, "{steps} of 255");
+}
+
+/// Runs an example that cargo has built beside the tests.
+fn example(name: &str, arguments: &[&std::ffi::OsStr]) -> std::process::Output {
+    let folder = std::env::current_exe().unwrap().ancestors().nth(2).unwrap().join("examples");
+    Command::new(folder.join(name)).args(arguments).output().unwrap()
+}
+
+#[test]
+fn the_examples_run() {
+    let (model, image) = (models().join("vit"), scratch("example").join("photo.png"));
+    let code = "import sys, PIL.Image; PIL.Image.new('RGB', (40, 30), 'red').save(sys.argv[1])";
+    run(python().args(["-c", code]).arg(&image));
+    let scored = example("score", &[model.as_ref(), image.as_ref(), "a red circle".as_ref(), "a".as_ref()]);
+    let lines = String::from_utf8(scored.stdout).unwrap();
+    let lines: Vec<&str> = lines.lines().collect();
+    assert_eq!(lines.len(), 2, "{}", String::from_utf8_lossy(&scored.stderr));
+    let score = |line: &str| line.split("  ").next().unwrap().parse::<f64>().unwrap();
+    assert!(score(lines[0]) >= score(lines[1]));
+    let failed = example("score", &[model.as_ref(), "nowhere.png".as_ref(), "a".as_ref()]);
+    assert!(!failed.status.success());
+    assert!(String::from_utf8_lossy(&failed.stderr).contains("nowhere.png cannot be read"));
+    let trained = example("train", &["2".as_ref()]);
+    assert!(String::from_utf8_lossy(&trained.stdout).contains("step   2"));
+}
+
+#[test]
+fn what_does_not_fit_is_an_error_that_names_it() {
+    let (source, folder) = (models().join("vit"), scratch("broken"));
+    let fails = |wanted: &[&str]| {
+        let error = Laps::from_pretrained(&folder, Device::Cpu).err().expect("an error").to_string();
+        assert!(wanted.iter().all(|part| error.contains(part)), "{error}");
+    };
+    fails(&["config.json", "does not exist"]);
+    std::fs::copy(source.join("config.json"), folder.join("config.json")).unwrap();
+    fails(&["model.safetensors", "does not exist"]);
+    std::fs::write(folder.join("model.safetensors"), b"no tensors").unwrap();
+    fails(&["model.safetensors", "cannot be read"]);
+    let mut tensors = Tensor::read_safetensors(source.join("model.safetensors")).unwrap();
+    tensors.retain(|(name, _)| name != "head.aggregation.scale");
+    tensors.push(("head.mystery".to_owned(), Tensor::from(1.0)));
+    let wide = tensors.iter_mut().find(|(name, _)| name == "image_encoder.projection.bias").unwrap();
+    wide.1 = Tensor::zeros([7], (tch::Kind::Float, Device::Cpu));
+    Tensor::write_safetensors(&tensors, folder.join("model.safetensors")).unwrap();
+    fails(&[
+        "missing: head.aggregation.scale",
+        "unexpected: head.mystery",
+        "of another shape: image_encoder.projection.bias [7], not [24]",
+    ]);
+    std::fs::write(folder.join("config.json"), r#"{"laps_format": 1, "surprise": 2}"#).unwrap();
+    fails(&["config.json", "surprise"]);
+    std::fs::write(folder.join("config.json"), r#"{"model_type": "vit"}"#).unwrap();
+    fails(&["config.json", "laps_format"]);
+}
+
+#[test]
+fn wrong_shapes_are_errors_and_no_panics() {
+    let folder = models().join("vit");
+    let (model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+    let error = model.encode_image(&batch.pixels.narrow(2, 0, 16), false).unwrap_err().to_string();
+    assert!(error.contains("expected (B_v, 3, 32, 32)"), "{error}");
+    let error = model.encode_text(&batch.ids, &batch.lengths.narrow(0, 0, 2), false).unwrap_err();
+    assert!(matches!(error, LapsError::Shape { .. }), "{error}");
+    // An id that the vocabulary does not have: torch's own words.
+    let error = model.encode_text(&(&batch.ids + 1_000_000), &batch.lengths, false).unwrap_err();
+    assert!(matches!(error, LapsError::Torch(_)), "{error}");
+}
+
+#[test]
+fn optimizers_can_treat_backbones_apart() {
+    let model = Laps::from_pretrained(models().join("vit"), Device::Cpu).unwrap();
+    let mut optimizer = Sgd::default().build(&model.variables, 0.01).unwrap();
+    optimizer.set_lr_group(BACKBONE_GROUP, 0.0);
+    let batch = batch(&models().join("vit"));
+    let before: Vec<_> = model.variables.variables().into_iter().map(|(n, t)| (n, t.copy())).collect();
+    optimizer.backward_step(&model.loss(&batch, Some(0.5)).unwrap());
+    let now = model.variables.variables();
+    // But for a bias that no softmax takes notice of.
+    for (name, old) in before.iter().filter(|(name, _)| name != "head.aggregation.fc2.bias") {
+        assert_eq!(now[name].equal(old), name.contains("backbone"), "{name}");
+    }
+}
+
+#[test]
+fn shards_and_other_resolutions_are_read_as_transformers_does() {
+    let folder = scratch("checkpoints");
+    let code = r#"
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from _models import vision_model
+out = Path(sys.argv[1])
+x = torch.randn(2, 3, 48, 48)
+result = {"pixels": x}
+for family in ("vit", "clip", "swin"):
+    model = vision_model(family)
+    model.save_pretrained(out / family, **({} if family == "swin" else {"max_shard_size": "20KB"}))
+    tokens = model(x, interpolate_pos_encoding=True).last_hidden_state
+    if family == "clip":
+        tokens = model.visual_projection(model.vision_model.post_layernorm(tokens))
+    result[family] = tokens.detach()
+save_file(result, out / "expected.safetensors")
+"#;
+    run(python().args(["-c", code]).arg(&folder).env("PYTHONPATH", "tests"));
+    let expected = named(folder.join("expected.safetensors"));
+    for family in ["vit", "clip", "swin"] {
+        assert_eq!(folder.join(family).join("model.safetensors.index.json").exists(), family != "swin");
+        let checkpoint = Checkpoint::read(&folder.join(family), Half::Vision, Some(48)).unwrap();
+        let (config, vision) = checkpoint.vision().unwrap();
+        assert_eq!(config.image_size(), 48);
+        let tokens = vision.forward(&expected("pixels"), false).unwrap();
+        assert!(difference(&tokens, &expected(family)) < 1e-5, "{family}");
+    }
+    std::fs::write(
+        folder.join("vit").join("model.safetensors.index.json"),
+        r#"{"weight_map": {"a": "../x"}}"#,
+    )
+    .unwrap();
+    let error = Checkpoint::read(&folder.join("vit"), Half::Vision, None).unwrap_err().to_string();
+    assert!(error.contains("weight_map"), "{error}");
+}
