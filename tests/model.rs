@@ -251,6 +251,11 @@ fn wrong_shapes_are_errors_and_no_panics() {
     assert!(error.contains("expected (B_v, 3, 32, 32)"), "{error}");
     let error = model.encode_text(&batch.ids, &batch.lengths.narrow(0, 0, 2), false).unwrap_err();
     assert!(matches!(error, LapsError::Shape { .. }), "{error}");
+    let images = model.encode_image(&batch.pixels, false).unwrap();
+    let mut texts = model.encode_text(&batch.ids, &batch.lengths, false).unwrap();
+    texts.words = texts.words.select(1, 0);
+    let error = model.similarity(&images, &texts).unwrap_err().to_string();
+    assert!(error.contains("rank 3"), "{error}");
     // An id that the vocabulary does not have: torch's own words.
     let error = model.encode_text(&(&batch.ids + 1_000_000), &batch.lengths, false).unwrap_err();
     assert!(matches!(error, LapsError::Torch(_)), "{error}");

@@ -19,11 +19,11 @@ fn checked<T: kind::Element, D: Dimension>(tensor: &Tensor) -> Result<D> {
         let (expected, got) = (format!("{expected:?}"), format!("{facts:?}"));
         return Err(LapsError::type_("similarity", "a tensor (kind, device, contiguous)", expected, got));
     }
-    let mut shape = D::zeros(tensor.dim());
-    if D::NDIM.is_some_and(|rank| rank != tensor.dim()) {
-        let expected = format!("rank {}", shape.ndim());
-        return Err(LapsError::shape("similarity", "a tensor", expected, format!("{:?}", tensor.size())));
+    if let Some(rank) = D::NDIM.filter(|&rank| rank != tensor.dim()) {
+        let (expected, got) = (format!("rank {rank}"), format!("{:?}", tensor.size()));
+        return Err(LapsError::shape("similarity", "a tensor", expected, got));
     }
+    let mut shape = D::zeros(tensor.dim());
     for (to, &from) in shape.slice_mut().iter_mut().zip(&tensor.size()) {
         *to = from as usize;
     }
