@@ -59,6 +59,9 @@ pub struct LapsHead {
     aggregation_norm: LayerNorm,
     aggregation: Mlp,
     score: Option<(LayerNorm, Mlp)>,
+    /// For tests with the stand-ins of driver and NVRTC: the kernels for GPUs, wherever the tensors are.
+    #[doc(hidden)]
+    pub always_gpu: bool,
 }
 
 impl LapsHead {
@@ -81,11 +84,35 @@ impl LapsHead {
             .then(|| network(at.sub("score"), embed_dim, (embed_dim / 4).max(1), 2))
             .transpose()?;
         let options = options.clone();
-        Ok(LapsHead { options, kernel, prefix, patches, scale, aggregation_norm, aggregation, score })
+        let always_gpu = false;
+        Ok(LapsHead {
+            options,
+            kernel,
+            prefix,
+            patches,
+            scale,
+            aggregation_norm,
+            aggregation,
+            score,
+            always_gpu,
+        })
+    }
+
+    /// Whether the kernels of `cuda` score these; those of `slimming` do otherwise, and always in f64.
+    #[cfg(feature = "cuda")]
+    fn runs_on_gpu(&self, features: &Features) -> bool {
+        let gpu = self.always_gpu || features.patches.device().is_cuda();
+        gpu && features.patches.kind() != Kind::Double
     }
 
     pub fn options(&self) -> &HeadOptions {
         &self.options
+    }
+
+    /// Budget of scratch memory of a call, in bytes. Unless it is set: 24 MiB on the CPU; on a GPU 1 GiB forward and 192 MiB
+    /// backward.
+    pub fn set_chunk(&mut self, bytes: usize) {
+        self.kernel.chunk = bytes;
     }
 
     /// Image tokens (B_v, P + N, C), prefix first, to features.
@@ -145,36 +172,87 @@ fn network(mut at: Scope<'_>, from: i64, hidden: i64, to: i64) -> Result<(LayerN
     Ok((norm, mlp))
 }
 
-/// A scored batch that waits for the gradient of its scores.
-pub struct Scored {
-    input: Input,
-    options: Options,
-    saved: Option<Saved>,
-    /// The features of the graph: patches, prefix, words, logits and perhaps the keep probability.
-    features: Vec<Tensor>,
+/// What pairs are scored from, in the graph.
+#[derive(Debug)]
+pub(super) struct Features {
+    pub patches: Tensor,
+    pub prefix: Tensor,
+    pub words: Tensor,
+    pub logits: Tensor,
+    pub keep_probability: Option<Tensor>,
+    pub lengths: Tensor,
 }
 
-/// Features as the kernels take them: detached, contiguous, on the CPU, in f64 or f32.
+impl Features {
+    fn new(images: &ImageFeatures, texts: &TextFeatures) -> Self {
+        Features {
+            patches: images.patches.shallow_clone(),
+            prefix: images.prefix.shallow_clone(),
+            words: texts.words.shallow_clone(),
+            logits: images.logits.shallow_clone(),
+            keep_probability: images.keep_probability.as_ref().map(Tensor::shallow_clone),
+            lengths: texts.lengths.shallow_clone(),
+        }
+    }
+
+    /// All that carry gradient, in the order of their gradients.
+    fn each(&self) -> impl Iterator<Item = &Tensor> {
+        [&self.patches, &self.prefix, &self.words, &self.logits].into_iter().chain(&self.keep_probability)
+    }
+
+    /// The same, each changed by `job`; lengths stay as they are.
+    fn map(&self, mut job: impl FnMut(&Tensor) -> Result<Tensor>) -> Result<Features> {
+        Ok(Features {
+            patches: job(&self.patches)?,
+            prefix: job(&self.prefix)?,
+            words: job(&self.words)?,
+            logits: job(&self.logits)?,
+            keep_probability: self.keep_probability.as_ref().map(job).transpose()?,
+            lengths: self.lengths.shallow_clone(),
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    pub fn shallow(&self) -> Features {
+        self.map(|tensor| Ok(tensor.shallow_clone())).expect("nothing to fail")
+    }
+}
+
+/// A scored batch that waits for the gradient of its scores.
+pub struct Scored {
+    features: Features,
+    options: Options,
+    kernels: Kernels,
+}
+
+/// Where pairs were scored, and what was saved there.
+enum Kernels {
+    Cpu(Box<Input>, Option<Saved>),
+    #[cfg(feature = "cuda")]
+    Gpu {
+        pairs: Pairs,
+        seed: Option<u64>,
+        saved: Option<super::gpu::Saved>,
+    },
+}
+
+/// Features as the kernels of the CPU take them: detached, contiguous, in f64 or f32.
 struct Input {
-    patches: Tensor,
-    prefix: Tensor,
-    words: Tensor,
-    logits: Tensor,
-    keep_probability: Option<Tensor>,
-    lengths: Tensor,
+    features: Features,
     pairs: Pairs,
     seed: Option<u64>,
 }
 
 impl Input {
     fn with<T: Element, R>(&self, job: impl FnOnce(&PairInput<'_, T>) -> Result<R>) -> Result<R> {
-        let keep_probability = self.keep_probability.as_ref().map(view::<T, Ix2>).transpose()?;
+        let Features { patches, prefix, words, logits, keep_probability, lengths } = &self.features;
+        let keep_probability = keep_probability.as_ref().map(view::<T, Ix2>).transpose()?;
         job(&PairInput {
-            patches: view::<T, Ix3>(&self.patches)?,
-            prefix: view::<T, Ix3>(&self.prefix)?,
-            words: view::<T, Ix3>(&self.words)?,
-            word_lengths: view::<i64, Ix1>(&self.lengths)?,
-            logits: view::<T, Ix3>(&self.logits)?,
+            patches: view::<T, Ix3>(patches)?,
+            prefix: view::<T, Ix3>(prefix)?,
+            words: view::<T, Ix3>(words)?,
+            word_lengths: view::<i64, Ix1>(lengths)?,
+            logits: view::<T, Ix3>(logits)?,
             selection: match keep_probability {
                 None => Selection::Scores,
                 Some(probability) => Selection::KeepProbability { probability, seed: self.seed },
@@ -184,90 +262,32 @@ impl Input {
         })
     }
 
-    /// Zeros for the gradient of each feature, in the order of [`Scored::features`].
-    fn zeros(&self) -> Result<Vec<Tensor>> {
-        [&self.patches, &self.prefix, &self.words, &self.logits]
-            .into_iter()
-            .chain(&self.keep_probability)
-            .map(|tensor| Ok(tensor.f_zeros_like()?))
-            .collect()
-    }
-}
-
-impl Scored {
-    fn new(
-        head: &LapsHead,
-        images: &ImageFeatures,
-        texts: &TextFeatures,
-        pairs: Pairs,
-        seed: Option<u64>,
-        save: bool,
-    ) -> Result<(Self, Scores)> {
-        let mut features = Vec::from(
-            [&images.patches, &images.prefix, &texts.words, &images.logits].map(Tensor::shallow_clone),
-        );
-        features.extend(images.keep_probability.as_ref().map(Tensor::shallow_clone));
-        let wide = features.iter().all(|tensor| tensor.kind() == Kind::Double);
-        let kind = if wide { Kind::Double } else { Kind::Float };
-        let plain = |tensor: &Tensor| -> Result<Tensor> {
-            Ok(tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?)
-        };
-        let input = Input {
-            patches: plain(&images.patches)?,
-            prefix: plain(&images.prefix)?,
-            words: plain(&texts.words)?,
-            logits: plain(&images.logits)?,
-            keep_probability: images.keep_probability.as_ref().map(plain).transpose()?,
-            lengths: texts.lengths.f_to_device(Device::Cpu)?.f_to_kind(Kind::Int64)?.f_contiguous()?,
-            pairs,
-            seed,
-        };
-        let mut scored = Scored { input, options: head.kernel, saved: None, features };
-        let scores = if wide { scored.forward::<f64>(save)? } else { scored.forward::<f32>(save)? };
-        Ok((scored, scores))
+    fn is_double(&self) -> bool {
+        self.features.patches.kind() == Kind::Double
     }
 
-    fn forward<T: Element>(&mut self, save: bool) -> Result<Scores> {
-        let result = self.input.with::<T, _>(|input| similarity(input, &self.options, save))?;
+    fn forward<T: Element>(&self, options: &Options, save: bool) -> Result<(Scores, Option<Saved>)> {
+        let result = self.with::<T, _>(|input| similarity(input, options, save))?;
         let tensor = |array: ndarray::Array2<T>| -> Result<Tensor> {
             let (rows, columns) = array.dim();
             let (elements, _) = array.into_raw_vec_and_offset();
             Ok(Tensor::f_from_slice(&elements)?.f_view([rows as i64, columns as i64])?)
         };
-        self.saved = result.saved;
-        Ok(Scores { scores: tensor(result.scores)?, kept_fraction: tensor(result.kept_fraction)? })
+        let scores = Scores { scores: tensor(result.scores)?, kept_fraction: tensor(result.kept_fraction)? };
+        Ok((scores, result.saved))
     }
 
-    /// From the gradients of scores and kept fractions to a number whose gradient is theirs, with respect to everything
-    /// that the features were computed from. Its value means nothing.
-    pub fn carry(&self, grad_scores: &Tensor, grad_fraction: Option<&Tensor>) -> Result<Tensor> {
-        let grads = if self.input.patches.kind() == Kind::Double {
-            self.gradients::<f64>(grad_scores, grad_fraction)?
-        } else {
-            self.gradients::<f32>(grad_scores, grad_fraction)?
-        };
-        let mut sum = Tensor::f_zeros([], (self.input.patches.kind(), self.features[0].device()))?;
-        for (feature, grad) in self.features.iter().zip(grads) {
-            let grad = grad.f_to_device(feature.device())?.f_to_kind(feature.kind())?;
-            sum = sum.f_add(&feature.f_mul(&grad)?.f_sum(sum.kind())?)?;
-        }
-        Ok(sum)
-    }
-
-    fn gradients<T: Element>(
+    fn backward<T: Element>(
         &self,
+        options: &Options,
+        saved: &Saved,
         grad_scores: &Tensor,
         grad_fraction: Option<&Tensor>,
     ) -> Result<Vec<Tensor>> {
-        let Some(saved) = &self.saved else {
-            return Err(LapsError::value("similarity", "save", "a forward pass that saved", "none"));
-        };
-        let plain = |tensor: &Tensor| -> Result<Tensor> {
-            Ok(tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(T::KIND)?.f_contiguous()?)
-        };
+        let plain = |tensor: &Tensor| on_cpu(tensor, T::KIND);
         let grad_scores = plain(grad_scores)?;
         let grad_fraction = grad_fraction.map(plain).transpose()?;
-        let mut grads = self.input.zeros()?;
+        let mut grads = self.features.each().map(|x| Ok(x.f_zeros_like()?)).collect::<Result<Vec<_>>>()?;
         let [patches, prefix, words, logits, rest @ ..] = grads.as_mut_slice() else {
             unreachable!("four features at least")
         };
@@ -282,9 +302,72 @@ impl Scored {
         };
         let fraction = grad_fraction.as_ref().map(view::<T, Ix2>).transpose()?;
         let scores = view::<T, Ix2>(&grad_scores)?;
-        self.input.with::<T, _>(|input| {
-            similarity_backward(input, &self.options, saved, scores, fraction, &mut out)
-        })?;
+        self.with::<T, _>(|input| similarity_backward(input, options, saved, scores, fraction, &mut out))?;
         Ok(grads)
+    }
+}
+
+fn on_cpu(tensor: &Tensor, kind: Kind) -> Result<Tensor> {
+    Ok(tensor.f_detach()?.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?)
+}
+
+impl Scored {
+    fn new(
+        head: &LapsHead,
+        images: &ImageFeatures,
+        texts: &TextFeatures,
+        pairs: Pairs,
+        seed: Option<u64>,
+        save: bool,
+    ) -> Result<(Self, Scores)> {
+        let (features, options) = (Features::new(images, texts), head.kernel);
+        #[cfg(feature = "cuda")]
+        if head.runs_on_gpu(&features) {
+            let detached = features.map(|tensor| Ok(tensor.f_detach()?))?;
+            let (scores, saved) = super::gpu::forward(&detached, &options, pairs, seed, save)?;
+            return Ok((Scored { features, options, kernels: Kernels::Gpu { pairs, seed, saved } }, scores));
+        }
+        let wide = features.each().all(|tensor| tensor.kind() == Kind::Double);
+        let kind = if wide { Kind::Double } else { Kind::Float };
+        let mut plain = features.map(|tensor| on_cpu(tensor, kind))?;
+        plain.lengths = on_cpu(&texts.lengths, Kind::Int64)?;
+        let input = Input { features: plain, pairs, seed };
+        let (scores, saved) = if wide {
+            input.forward::<f64>(&options, save)?
+        } else {
+            input.forward::<f32>(&options, save)?
+        };
+        Ok((Scored { features, options, kernels: Kernels::Cpu(Box::new(input), saved) }, scores))
+    }
+
+    /// From the gradients of scores and kept fractions to a number whose gradient is theirs, with respect to everything
+    /// that the features were computed from. Its value means nothing.
+    pub fn carry(&self, grad_scores: &Tensor, grad_fraction: Option<&Tensor>) -> Result<Tensor> {
+        let unsaved = || LapsError::value("similarity", "save", "a forward pass that saved", "none");
+        let grads = match &self.kernels {
+            Kernels::Cpu(input, saved) => {
+                let saved = saved.as_ref().ok_or_else(unsaved)?;
+                if input.is_double() {
+                    input.backward::<f64>(&self.options, saved, grad_scores, grad_fraction)?
+                } else {
+                    input.backward::<f32>(&self.options, saved, grad_scores, grad_fraction)?
+                }
+            }
+            #[cfg(feature = "cuda")]
+            Kernels::Gpu { pairs, seed, saved } => {
+                let saved = saved.as_ref().ok_or_else(unsaved)?;
+                let features = self.features.map(|tensor| Ok(tensor.f_detach()?))?;
+                let options = &self.options;
+                super::gpu::backward(&features, options, *pairs, *seed, saved, grad_scores, grad_fraction)?
+            }
+        };
+        let first = &self.features.patches;
+        let kind = if first.kind() == Kind::Double { Kind::Double } else { Kind::Float };
+        let mut sum = Tensor::f_zeros([], (kind, first.device()))?;
+        for (feature, grad) in self.features.each().zip(grads) {
+            let grad = grad.f_to_device(feature.device())?.f_to_kind(feature.kind())?;
+            sum = sum.f_add(&feature.f_mul(&grad)?.f_sum(kind)?)?;
+        }
+        Ok(sum)
     }
 }

@@ -150,6 +150,10 @@ impl Laps {
         &self.modules.head
     }
 
+    pub fn head_mut(&mut self) -> &mut LapsHead {
+        &mut self.modules.head
+    }
+
     pub fn device(&self) -> Device {
         self.variables.device()
     }

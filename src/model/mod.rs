@@ -12,8 +12,9 @@
 //! # Ok::<(), laps::LapsError>(())
 //! ```
 //!
-//! `examples/train.rs` trains one. The encoders work on any device of torch's; the head's kernels run on the CPU, where
-//! features come for them.
+//! `examples/train.rs` trains one. The encoders work on any device of torch's. The head's kernels run where the features
+//! are: those of [`crate::slimming`] on the CPU; with the feature `cuda` those of `cuda` on GPUs (not yet run on one), but for
+//! f64, for which features come to the CPU, as they do without that feature.
 
 mod arrays;
 mod backbone;
@@ -23,6 +24,8 @@ mod checkpoint;
 mod clip;
 mod config;
 mod files;
+#[cfg(feature = "cuda")]
+mod gpu;
 mod head;
 mod images;
 mod laps;
