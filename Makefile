@@ -81,6 +81,8 @@ test-rust: venv
 	@$(TCH) cargo test --locked --quiet --features cuda,torch
 
 test-python: venv native
+	@# A broken one would only skip its tests.
+	@$(BIN)/python -c 'import laps.encoders.native'
 	@echo '[test] pytest'
 	@$(BIN)/python -m pytest --quiet
 

@@ -1,6 +1,6 @@
 //! The full model on tch beside the Python package: the same folders, the same scores, the same training steps.
 //!
-//! Python (with torch and this package; `make test-model` sets it up) makes the models first: tests/_rust_models.py.
+//! Python (with torch and this package: `make test`) makes the models first: tests/_rust_models.py.
 
 #![cfg(feature = "torch")]
 
@@ -274,6 +274,31 @@ fn optimizers_can_treat_backbones_apart() {
     for (name, old) in before.iter().filter(|(name, _)| name != "head.aggregation.fc2.bias") {
         assert_eq!(now[name].equal(old), name.contains("backbone"), "{name}");
     }
+}
+
+#[test]
+fn a_loss_without_gradient_is_still_a_loss() {
+    for name in ["vit", "swin"] {
+        let folder = models().join(name);
+        let (mut model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+        let loss = model.loss(&batch, None).unwrap().double_value(&[]);
+        let without = tch::no_grad(|| model.loss(&batch, None).unwrap());
+        assert!(!without.requires_grad() && (without.double_value(&[]) - loss).abs() < 1e-6);
+        model.variables.freeze();
+        assert!((model.loss(&batch, None).unwrap().double_value(&[]) - loss).abs() < 1e-6);
+    }
+}
+
+#[test]
+fn a_model_born_here_is_read_by_python() {
+    let source = models().join("vit");
+    let trained = Laps::from_pretrained(&source, Device::Cpu).unwrap();
+    let model = Laps::new(trained.config().clone(), Device::Cpu).unwrap();
+    let folder = scratch("born");
+    std::fs::copy(source.join("tokenizer.json"), folder.join("tokenizer.json")).unwrap();
+    model.save_pretrained(&folder).unwrap();
+    assert!(!folder.join("tokenizer.json").exists(), "another model's tokenizer");
+    run(python().args(["-c", "import sys, laps; laps.LAPS.from_pretrained(sys.argv[1])"]).arg(&folder));
 }
 
 #[test]

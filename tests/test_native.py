@@ -102,6 +102,7 @@ def compare(theirs: Any, ours: Any, inputs: tuple[Tensor, ...], real: Tensor) ->
     for tokens in (a, b):
         (tokens[real] * weights).sum().backward()
     expected, found = gradients(theirs), gradients(ours)
+    assert found.keys() == {name for name, _ in ours.backbone.named_parameters()}
     for name, gradient in found.items():
         torch.testing.assert_close(
             gradient, expected[name], atol=1e-4, rtol=1e-4, msg=lambda m, n=name: n + m
@@ -254,6 +255,10 @@ def test_parameters_are_ordinary_ones(tmp_path: Path) -> None:
     # Parameters that were replaced, and not changed in place.
     backbone.layernorm.weight = torch.nn.Parameter(torch.zeros_like(backbone.layernorm.weight))
     assert not torch.equal(backbone(pixels), tokens)
+    backbone.layernorm = torch.nn.LayerNorm(32, eps=1e-12)
+    replaced = backbone(pixels)
+    torch.nn.utils.parametrizations.weight_norm(backbone.layernorm)
+    torch.testing.assert_close(backbone(pixels), replaced)
     model.freeze_backbones()
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
@@ -356,6 +361,11 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ({"hidden_act": "mish"}, "mish"),
         ({"model_type": "resnet"}, "resnet"),
         ({"model_type": None}, "model_type"),
+        ({"image_size": 2**33}, "image_size"),
+        ({"num_hidden_layers": 2**63}, "num_hidden_layers"),
+        ({"intermediate_size": -1}, "intermediate_size"),
+        ({"model_type": "swin", "window_size": 3000}, "window_size"),
+        ({"model_type": "bert", "is_decoder": True}, "is_decoder"),
     ],
     ids=str,
 )
@@ -374,6 +384,8 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
         vit(torch.zeros(1, 4, SIZE, SIZE))
     with pytest.raises(laps.LapsError):
         vit(torch.zeros(2, 3))
+    with pytest.raises(laps.LapsValueError, match="expected"):
+        vit(torch.zeros(1, 3, SIZE // 2, SIZE * 2))
     with pytest.raises(TypeError, match=r"torch\.Tensor"):
         vit("pixels")
     bert = native.NativeBackbone(TEXT["bert"].to_dict())

@@ -30,14 +30,21 @@ pub enum TextConfig {
 impl VisionConfig {
     /// Of the JSON object that transformers writes.
     pub fn from_json(json: &Value) -> Result<Self> {
-        match model_type(json)? {
-            "vit" => Ok(VisionConfig::Vit(parse(json)?)),
-            "swin" => Ok(VisionConfig::Swin(parse(json)?)),
-            "clip_vision_model" => Ok(VisionConfig::Clip(parse(json)?)),
+        let config = match model_type(json)? {
+            "vit" => VisionConfig::Vit(parse(json)?),
+            "swin" => VisionConfig::Swin(parse(json)?),
+            "clip_vision_model" => VisionConfig::Clip(parse(json)?),
             other => {
-                Err(LapsError::value("encoder config", "model_type", "vit, swin or clip_vision_model", other))
+                let expected = "vit, swin or clip_vision_model";
+                return Err(LapsError::value("encoder config", "model_type", expected, other));
             }
+        };
+        match &config {
+            VisionConfig::Vit(config) => config.check()?,
+            VisionConfig::Swin(config) => config.check()?,
+            VisionConfig::Clip(config) => config.check()?,
         }
+        Ok(config)
     }
 
     /// S in pixels.
@@ -75,6 +82,14 @@ impl VisionConfig {
         }
     }
 
+    /// Positions along a side of the table of position embeddings.
+    pub(crate) fn position_side(&self) -> i64 {
+        match self {
+            VisionConfig::Swin(config) => config.image_size / config.patch_size,
+            _ => self.side(),
+        }
+    }
+
     /// The table of position embeddings, if the resolution decides its size.
     pub(crate) fn positions(&self) -> Option<&'static str> {
         match self {
@@ -90,11 +105,19 @@ impl VisionConfig {
 impl TextConfig {
     /// Of the JSON object that transformers writes.
     pub fn from_json(json: &Value) -> Result<Self> {
-        match model_type(json)? {
-            "bert" => Ok(TextConfig::Bert(parse(json)?)),
-            "clip_text_model" => Ok(TextConfig::Clip(parse(json)?)),
-            other => Err(LapsError::value("encoder config", "model_type", "bert or clip_text_model", other)),
+        let config = match model_type(json)? {
+            "bert" => TextConfig::Bert(parse(json)?),
+            "clip_text_model" => TextConfig::Clip(parse(json)?),
+            other => {
+                let expected = "bert or clip_text_model";
+                return Err(LapsError::value("encoder config", "model_type", expected, other));
+            }
+        };
+        match &config {
+            TextConfig::Bert(config) => config.check()?,
+            TextConfig::Clip(config) => config.check()?,
         }
+        Ok(config)
     }
 
     /// The most tokens of a caption.
@@ -132,8 +155,47 @@ fn parse<T: DeserializeOwned>(json: &Value) -> Result<T> {
         .map_err(|error| LapsError::value("encoder config", "a value", "those of the encoders here", error))
 }
 
+/// Refuses sizes that no model has, before memory is asked for.
+pub(super) fn check_size(name: &'static str, size: i64) -> Result<()> {
+    const MOST: i64 = 1 << 24;
+    if (1..=MOST).contains(&size) {
+        return Ok(());
+    }
+    Err(LapsError::value("encoder config", name, format!("1 to {MOST}"), size))
+}
+
+pub(super) fn check_layers(layers: usize, hidden: i64) -> Result<()> {
+    check_size("intermediate_size", hidden)?;
+    if layers > 1 << 10 {
+        return Err(LapsError::value("encoder config", "num_hidden_layers", "at most 1024", layers));
+    }
+    Ok(())
+}
+
+/// Refuses an image without patches, or with more than attention could take.
+pub(super) fn check_image(image_size: i64, patch_size: i64, channels: i64) -> Result<()> {
+    const MOST: i64 = 1 << 14;
+    check_size("num_channels", channels)?;
+    if patch_size < 1 || image_size < patch_size || image_size > MOST {
+        let expected = format!("1 <= patch_size <= image_size <= {MOST}");
+        let got = format!("{patch_size} and image_size {image_size}");
+        return Err(LapsError::value("encoder config", "patch_size", expected, got));
+    }
+    Ok(())
+}
+
+/// Refuses images of another size than the positions are for.
+pub(super) fn check_pixels(pixels: &Tensor, image_size: i64) -> Result<()> {
+    if pixels.dim() != 4 || pixels.size()[2..] != [image_size, image_size] {
+        let expected = format!("(B, 3, {image_size}, {image_size})");
+        return Err(LapsError::shape("encoder", "pixels", expected, format!("{:?}", pixels.size())));
+    }
+    Ok(())
+}
+
 /// Refuses a size that the heads of an attention cannot share.
 pub(super) fn check_heads(size: i64, heads: i64) -> Result<()> {
+    check_size("hidden_size", size)?;
     if size < 1 || heads < 1 || size % heads != 0 {
         let expected = format!("a divisor of the hidden size {size}");
         return Err(LapsError::value("encoder config", "num_attention_heads", expected, heads));

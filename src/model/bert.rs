@@ -4,8 +4,10 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::Result;
+use super::backbone::{check_heads, check_layers, check_size};
 use super::layers::{Activation, Attention, Embedding, LayerNorm, Linear, Mask, Mlp, dropout, normal};
 use super::source::Scope;
+use crate::error::LapsError;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
@@ -23,6 +25,8 @@ pub struct BertConfig {
     pub initializer_range: f64,
     pub layer_norm_eps: f64,
     pub pad_token_id: Option<i64>,
+    /// A decoder's attention looks back only, which is refused.
+    is_decoder: bool,
 }
 
 impl Default for BertConfig {
@@ -41,7 +45,25 @@ impl Default for BertConfig {
             initializer_range: 0.02,
             layer_norm_eps: 1e-12,
             pad_token_id: Some(0),
+            is_decoder: false,
         }
+    }
+}
+
+impl BertConfig {
+    pub fn check(&self) -> Result<()> {
+        check_heads(self.hidden_size, self.num_attention_heads)?;
+        if self.is_decoder {
+            return Err(LapsError::value("encoder config", "is_decoder", "false", true));
+        }
+        for (name, size) in [
+            ("vocab_size", self.vocab_size),
+            ("type_vocab_size", self.type_vocab_size),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ] {
+            check_size(name, size)?;
+        }
+        check_layers(self.num_hidden_layers, self.intermediate_size)
     }
 }
 
@@ -66,7 +88,6 @@ pub struct Bert {
 
 impl Bert {
     pub fn new(mut at: Scope<'_>, config: &BertConfig) -> Result<Self> {
-        super::backbone::check_heads(config.hidden_size, config.num_attention_heads)?;
         let mut at_embeddings = at.sub("embeddings");
         let (d, init) = (config.hidden_size, normal(config.initializer_range));
         let mut table = |name, rows, padding| Embedding::new(at_embeddings.sub(name), rows, d, padding, init);

@@ -113,11 +113,11 @@ impl Checkpoint {
             let shape = tensor.size();
             let table = tensor.f_reshape([-1, *shape.last().unwrap_or(&1)])?;
             let rows = table.size()[0];
-            if rows != prefix + old.side() * old.side() {
-                let expected = format!("{} rows", prefix + old.side() * old.side());
+            if rows != prefix + old.position_side().pow(2) {
+                let expected = format!("{} rows", prefix + old.position_side().pow(2));
                 return Err(LapsError::shape(OPERATION, "position embeddings", expected, rows));
             }
-            let grid = resize_grid(&table.f_narrow(0, prefix, rows - prefix)?, new.side())?;
+            let grid = resize_grid(&table.f_narrow(0, prefix, rows - prefix)?, new.position_side())?;
             let table = Tensor::f_cat(&[table.f_narrow(0, 0, prefix)?, grid], 0)?;
             *tensor = if shape.len() == 3 { table.f_unsqueeze(0)? } else { table };
         }

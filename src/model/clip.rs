@@ -5,11 +5,11 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::Result;
+use super::backbone::{check_heads, check_image, check_layers, check_pixels, check_size};
 use super::layers::{
     Activation, Attention, Embedding, LayerNorm, Linear, Mask, Mlp, Patches, PreNorm, normal,
 };
 use super::source::Scope;
-use crate::error::LapsError;
 
 /// What both halves have.
 #[derive(Clone, Copy, Debug)]
@@ -114,9 +114,30 @@ impl Default for ClipTextConfig {
 }
 
 impl ClipVisionConfig {
+    pub fn check(&self) -> Result<()> {
+        check_heads(self.hidden_size, self.num_attention_heads)?;
+        check_image(self.image_size, self.patch_size, self.num_channels)?;
+        check_size("projection_dim", self.projection_dim)?;
+        check_layers(self.num_hidden_layers, self.intermediate_size)
+    }
+
     /// Patches along a side of the image.
     pub fn side(&self) -> i64 {
         self.image_size / self.patch_size
+    }
+}
+
+impl ClipTextConfig {
+    pub fn check(&self) -> Result<()> {
+        check_heads(self.hidden_size, self.num_attention_heads)?;
+        for (name, size) in [
+            ("vocab_size", self.vocab_size),
+            ("projection_dim", self.projection_dim),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ] {
+            check_size(name, size)?;
+        }
+        check_layers(self.num_hidden_layers, self.intermediate_size)
     }
 }
 
@@ -129,19 +150,11 @@ pub struct ClipVision {
     layers: Vec<PreNorm>,
     post_norm: LayerNorm,
     projection: Linear,
+    image_size: i64,
 }
 
 impl ClipVision {
     pub fn new(mut at: Scope<'_>, config: &ClipVisionConfig) -> Result<Self> {
-        if config.patch_size < 1 || config.image_size < config.patch_size {
-            let got = format!("{} and {}", config.image_size, config.patch_size);
-            return Err(LapsError::value(
-                "clip",
-                "image_size",
-                "at least patch_size, which is positive",
-                got,
-            ));
-        }
         let (body, d, factor) = (body!(config), config.hidden_size, config.initializer_factor);
         let init = normal(config.initializer_range * factor);
         let mut at_model = at.sub("vision_model");
@@ -170,11 +183,13 @@ impl ClipVision {
             layers: layers(&mut at_model, &body)?,
             post_norm: LayerNorm::new(at_model.sub("post_layernorm"), d, config.layer_norm_eps)?,
             projection: projection(at.sub("visual_projection"), &body)?,
+            image_size: config.image_size,
         })
     }
 
     /// Pixels (B, 3, S, S) to tokens (B, 1 + N, C) in the space shared with captions, `[CLS]` first.
     pub fn forward(&self, pixels: &Tensor, train: bool) -> Result<Tensor> {
+        check_pixels(pixels, self.image_size)?;
         let patches = self.patches.forward(pixels)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
         let class = self.class.f_expand([patches.size()[0], 1, -1], false)?;
         let tokens = Tensor::f_cat(&[class, patches], 1)?.f_add(&self.positions.weight)?;
@@ -229,7 +244,6 @@ fn projection(at: Scope<'_>, body: &Body) -> Result<Linear> {
 }
 
 fn layers(at: &mut Scope<'_>, body: &Body) -> Result<Vec<PreNorm>> {
-    super::backbone::check_heads(body.hidden_size, body.num_attention_heads)?;
     (0..body.num_hidden_layers).map(|i| layer(at.sub(format!("encoder.layers.{i}")), body)).collect()
 }
 

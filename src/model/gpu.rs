@@ -285,7 +285,8 @@ impl Texts {
     fn new(features: &Features, pairs: Pairs, options: &Options) -> Result<Self> {
         let (words, device) = (&features.words, features.words.device());
         let (t, longest, c) = words.size3()?;
-        let lengths = Vec::<i64>::try_from(&features.lengths)?;
+        let lengths = features.lengths.f_to_device(Device::Cpu)?.f_to_kind(Kind::Int64)?;
+        let lengths = Vec::<i64>::try_from(&lengths)?;
         if let Some(wrong) = lengths.iter().find(|&&length| length < 1 || length > longest) {
             return Err(LapsError::value("similarity", "word_lengths", format!("1 to L={longest}"), wrong));
         }

@@ -59,9 +59,8 @@ pub struct LapsHead {
     aggregation_norm: LayerNorm,
     aggregation: Mlp,
     score: Option<(LayerNorm, Mlp)>,
-    /// For tests with the stand-ins of driver and NVRTC: the kernels for GPUs, wherever the tensors are.
-    #[doc(hidden)]
-    pub always_gpu: bool,
+    /// For tests with the stand-ins of driver and NVRTC: the kernels for GPUs, on tensors of the CPU.
+    emulated: bool,
 }
 
 impl LapsHead {
@@ -84,7 +83,7 @@ impl LapsHead {
             .then(|| network(at.sub("score"), embed_dim, (embed_dim / 4).max(1), 2))
             .transpose()?;
         let options = options.clone();
-        let always_gpu = false;
+        let emulated = false;
         Ok(LapsHead {
             options,
             kernel,
@@ -94,15 +93,26 @@ impl LapsHead {
             aggregation_norm,
             aggregation,
             score,
-            always_gpu,
+            emulated,
         })
     }
 
     /// Whether the kernels of `cuda` score these; those of `slimming` do otherwise, and always in f64.
     #[cfg(feature = "cuda")]
     fn runs_on_gpu(&self, features: &Features) -> bool {
-        let gpu = self.always_gpu || features.patches.device().is_cuda();
+        let gpu = self.emulated || features.patches.device().is_cuda();
         gpu && features.patches.kind() != Kind::Double
+    }
+
+    /// From here on the kernels for GPUs score what is on the CPU. Refused unless the driver is the tests' stand-in.
+    #[cfg(feature = "cuda")]
+    #[doc(hidden)]
+    pub fn emulate_gpu(&mut self) -> Result<()> {
+        if !crate::cuda::libraries()?.driver.emulated {
+            return Err(LapsError::device("LapsHead", "no emulator", "tests/cuda", "a driver of real GPUs"));
+        }
+        self.emulated = true;
+        Ok(())
     }
 
     pub fn options(&self) -> &HeadOptions {
@@ -210,6 +220,46 @@ impl Features {
             keep_probability: self.keep_probability.as_ref().map(job).transpose()?,
             lengths: self.lengths.shallow_clone(),
         })
+    }
+
+    /// Refuses sizes that do not fit each other, before any kernel sees them.
+    fn check(&self, pairs: Pairs) -> Result<()> {
+        const MOST: i64 = 16384;
+        let refuse = |argument, expected: String, tensor: &Tensor| {
+            Err(LapsError::shape("similarity", argument, expected, format!("{:?}", tensor.size())))
+        };
+        let (patches, words) = (self.patches.size(), self.words.size());
+        let [b, n, c] = patches[..] else { return refuse("patches", "rank 3".to_owned(), &self.patches) };
+        if b < 1 || !(1..=MOST).contains(&n) || c < 1 {
+            return refuse("patches", format!("(B_v >= 1, 1 <= N <= {MOST}, C >= 1)"), &self.patches);
+        }
+        let [t, l, _] = words[..] else { return refuse("words", "rank 3".to_owned(), &self.words) };
+        if t < 1 || !(1..=MOST).contains(&l) || words[2] != c {
+            return refuse("words", format!("(B_t >= 1, 1 <= L <= {MOST}, {c})"), &self.words);
+        }
+        if pairs == Pairs::Diagonal && b != t {
+            return refuse("words", format!("one text per image, B_t={b}"), &self.words);
+        }
+        let prefix = self.prefix.size();
+        if prefix.len() != 3 || prefix[0] != b || prefix[2] != c {
+            return refuse("prefix", format!("({b}, P, {c})"), &self.prefix);
+        }
+        let logits = self.logits.size();
+        if logits.len() != 3 || logits[..2] != [b, n] || logits[2] < 1 || prefix[1] + logits[2] > MOST {
+            return refuse("logits", format!("({b}, {n}, N_c >= 1)"), &self.logits);
+        }
+        if let Some(keep) = self.keep_probability.as_ref().filter(|keep| keep.size() != [b, n]) {
+            return refuse("keep_probability", format!("({b}, {n})"), keep);
+        }
+        if self.lengths.size() != [t] {
+            return refuse("lengths", format!("({t},)"), &self.lengths);
+        }
+        let device = self.patches.device();
+        if let Some(other) = self.each().find(|tensor| tensor.device() != device) {
+            let (expected, got) = (format!("{device:?}"), format!("{:?}", other.device()));
+            return Err(LapsError::value("similarity", "features", expected, got));
+        }
+        Ok(())
     }
 
     #[cfg(feature = "cuda")]
@@ -321,6 +371,7 @@ impl Scored {
         save: bool,
     ) -> Result<(Self, Scores)> {
         let (features, options) = (Features::new(images, texts), head.kernel);
+        features.check(pairs)?;
         #[cfg(feature = "cuda")]
         if head.runs_on_gpu(&features) {
             let detached = features.map(|tensor| Ok(tensor.f_detach()?))?;
@@ -341,7 +392,7 @@ impl Scored {
     }
 
     /// From the gradients of scores and kept fractions to a number whose gradient is theirs, with respect to everything
-    /// that the features were computed from. Its value means nothing.
+    /// that the features were computed from. Its value is zero, for finite features.
     pub fn carry(&self, grad_scores: &Tensor, grad_fraction: Option<&Tensor>) -> Result<Tensor> {
         let unsaved = || LapsError::value("similarity", "save", "a forward pass that saved", "none");
         let grads = match &self.kernels {
@@ -365,8 +416,10 @@ impl Scored {
         let kind = if first.kind() == Kind::Double { Kind::Double } else { Kind::Float };
         let mut sum = Tensor::f_zeros([], (kind, first.device()))?;
         for (feature, grad) in self.features.each().zip(grads) {
-            let grad = grad.f_to_device(feature.device())?.f_to_kind(feature.kind())?;
-            sum = sum.f_add(&feature.f_mul(&grad)?.f_sum(kind)?)?;
+            let grad = grad.f_to_device(first.device())?.f_to_kind(kind)?;
+            // Zero, with the feature's gradient: nothing overflows, and halves are left only behind it.
+            let still = feature.f_sub(&feature.f_detach()?)?.f_to_kind(kind)?;
+            sum = sum.f_add(&still.f_mul(&grad)?.f_sum(kind)?)?;
         }
         Ok(sum)
     }

@@ -58,8 +58,13 @@ impl ImageTransform {
     pub(super) fn read(file: &Path) -> Result<Self> {
         let expected = "a transform's JSON file";
         let json = read_json("ImageTransform", file, expected)?;
-        serde_json::from_value(json)
-            .map_err(|error| LapsError::file("ImageTransform", file, format!("is wrong: {error}"), expected))
+        let transform: ImageTransform = serde_json::from_value(json).map_err(|error| {
+            LapsError::file("ImageTransform", file, format!("is wrong: {error}"), expected)
+        })?;
+        if transform.std.iter().any(|&std| std.is_nan() || std <= 0.0) {
+            return Err(LapsError::file("ImageTransform", file, "has a std that is not positive", expected));
+        }
+        Ok(transform)
     }
 
     /// The pixels (3, S, S) of an image file: the whole of it, resized and normalised. The EXIF rotation is applied, transparency laid on white.

@@ -84,7 +84,12 @@ impl Laps {
         let modules = Modules::new(Scope::root(&mut source), &config)?;
         let made = source.finish(&path.display().to_string())?;
         let mut model = Self::assemble(config, modules, made, device)?;
-        model.transform = ImageTransform::read(&folder.join(TRANSFORM))?;
+        let file = folder.join(TRANSFORM);
+        model.transform = ImageTransform::read(&file)?;
+        if i64::from(model.transform.image_size) != model.config.image_size {
+            let problem = format!("has image_size {}", model.transform.image_size);
+            return Err(LapsError::file(operation, file, problem, "the image_size of config.json"));
+        }
         let file = folder.join(TOKENIZER);
         if file.exists() {
             model.tokenizer = Some(CaptionTokenizer::from_file(file, model.max_length as usize)?);
@@ -139,7 +144,12 @@ impl Laps {
                 std::fs::write(place(name), text).map_err(|error| refused(name, &error))?;
             }
             Tensor::write_safetensors(&tensors, place(WEIGHTS)).map_err(|error| refused(WEIGHTS, &error))
-        })
+        })?;
+        if self.tokenizer.is_none() {
+            // One that was there belonged to another model.
+            let _ = std::fs::remove_file(folder.as_ref().join(TOKENIZER));
+        }
+        Ok(())
     }
 
     pub fn config(&self) -> &LapsConfig {
@@ -220,24 +230,27 @@ impl Laps {
         let texts = self.encode_text(&batch.ids, &batch.lengths, true)?;
         let Modules { head, objective, .. } = &self.modules;
         let (scored, Scores { scores, kept_fraction }) = head.training_scores(&images, &texts)?;
-        let scores = scores.f_set_requires_grad(true)?;
         let sampled = head.options().has_score_net();
-        let fraction = kept_fraction.f_set_requires_grad(sampled)?;
-        let kept = sampled.then_some((&fraction, head.options().selection_ratio));
-        let loss = objective.loss(&scores, &batch.images, warmup, kept)?;
-
-        let mut leaves = vec![&scores];
-        leaves.extend(sampled.then_some(&fraction));
-        leaves.extend(objective.parameter());
-        let grads = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
-        let mut tied = scored.carry(&grads[0], sampled.then(|| &grads[1]))?;
-        if let Some(parameter) = objective.parameter() {
-            let grad = &grads[leaves.len() - 1];
-            tied = tied.f_add(&parameter.f_mul(grad)?.f_to_kind(tied.kind())?)?;
-        }
-        // The value of the loss, the gradient of what is tied to it.
-        let value = loss.f_detach()?.f_to_device(tied.device())?.f_sub(&tied.f_detach()?)?;
-        Ok(tied.f_add(&value)?)
+        // The small graph from scores to loss is needed whatever the caller has switched off.
+        tch::with_grad(|| {
+            let scores = scores.f_set_requires_grad(true)?;
+            let fraction = kept_fraction.f_set_requires_grad(sampled)?;
+            let kept = sampled.then_some((&fraction, head.options().selection_ratio));
+            let loss = objective.loss(&scores, &batch.images, warmup, kept)?;
+            let parameter = objective.parameter().filter(|parameter| parameter.requires_grad());
+            let mut leaves = vec![&scores];
+            leaves.extend(sampled.then_some(&fraction));
+            leaves.extend(parameter);
+            let grads = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
+            let mut tied = scored.carry(&grads[0], sampled.then(|| &grads[1]))?;
+            if let Some(parameter) = parameter {
+                let grad = &grads[leaves.len() - 1];
+                let still = parameter.f_sub(&parameter.f_detach()?)?;
+                tied = tied.f_add(&still.f_mul(grad)?.f_to_device(tied.device())?.f_to_kind(tied.kind())?)?;
+            }
+            // The value of the loss, and the gradient of what is tied to it, whose value is zero.
+            Ok(tied.f_add(&loss.f_detach()?.f_to_device(tied.device())?)?)
+        })
     }
 }
 

@@ -78,7 +78,7 @@ impl Objective {
             (LossName::InfoNce, Some(log_scale)) => {
                 // The parameter itself is kept in range: a clamp inside the graph would stop its gradient for good.
                 let _ = tch::no_grad(|| log_scale.shallow_clone().f_clamp_(0.0, MOST_SCALE.ln()))?;
-                let logits = scores.f_mul(&log_scale.f_exp()?)?;
+                let logits = scores.f_mul(&log_scale.f_exp()?.f_to_device(scores.device())?)?;
                 let both =
                     cross_entropy(&logits, &same)?.f_add(&cross_entropy(&transposed(&logits)?, &same)?)?;
                 both.f_div_scalar(2.0)?

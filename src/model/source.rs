@@ -102,7 +102,7 @@ impl Source for Lent<'_> {
     }
 }
 
-/// Tensors of a file, copied to a device and dtype. What is missing or has another shape is noted, and replaced by zeros,
+/// Tensors of a file, copied to a device and dtype. What is missing or has another shape is noted, and replaced by nothing,
 /// so that one error can name everything that does not fit: see [`Stored::finish`].
 pub struct Stored {
     device: Device,
@@ -138,11 +138,11 @@ impl Source for Stored {
             }
             Some(tensor) => {
                 self.mismatched.push(format!("{name} {:?}, not {shape:?}", tensor.size()));
-                Tensor::f_zeros(shape, (self.kind, self.device))?
+                Tensor::f_zeros([0], (self.kind, self.device))?
             }
             None => {
                 self.missing.push(name.clone());
-                Tensor::f_zeros(shape, (self.kind, self.device))?
+                Tensor::f_zeros([0], (self.kind, self.device))?
             }
         };
         self.made.push((name, tensor.shallow_clone()));

@@ -5,6 +5,7 @@ use tch::nn::Init;
 use tch::{Kind, Tensor};
 
 use super::Result;
+use super::backbone::{check_heads, check_image, check_layers, check_size};
 use super::layers::{
     Activation, Attention, LayerNorm, Linear, Mask, Mlp, Patches, drop_path, dropout, normal,
 };
@@ -59,19 +60,22 @@ impl Default for SwinConfig {
 }
 
 impl SwinConfig {
-    fn check(&self) -> Result<()> {
+    pub fn check(&self) -> Result<()> {
+        check_image(self.image_size, self.patch_size, self.num_channels)?;
+        check_size("embed_dim", self.embed_dim)?;
         let stages = self.depths.len();
         if stages == 0 || stages > 16 || self.num_heads.len() != stages {
             let got = format!("{} depths and {} num_heads", stages, self.num_heads.len());
             return Err(LapsError::value("swin", "num_heads", "one for each of 1 to 16 depths", got));
         }
         for (stage, &heads) in self.num_heads.iter().enumerate() {
-            super::backbone::check_heads(self.embed_dim << stage, heads)?;
+            check_heads(self.embed_dim << stage, heads)?;
+            check_layers(self.depths[stage], (self.mlp_ratio * self.embed_dim as f64) as i64)?;
         }
-        if self.patch_size < 1 || self.image_size < self.patch_size || self.window_size < 1 {
-            let got = format!("{}, {} and {}", self.image_size, self.patch_size, self.window_size);
-            let expected = "at least patch_size; patch_size and window_size at least 1";
-            return Err(LapsError::value("swin", "image_size", expected, got));
+        // A larger window would have to shrink, and its biases with it.
+        if !(1..=self.side()).contains(&self.window_size) {
+            let expected = format!("1 to {}, the last stage's side", self.side());
+            return Err(LapsError::value("encoder config", "window_size", expected, self.window_size));
         }
         Ok(())
     }
@@ -111,7 +115,6 @@ struct Stage {
 
 impl Swin {
     pub fn new(mut at: Scope<'_>, config: &SwinConfig) -> Result<Self> {
-        config.check()?;
         let (d, init) = (config.embed_dim, normal(config.initializer_range));
         let mut at_embeddings = at.sub("embeddings");
         let patches = Patches::new(
@@ -298,7 +301,10 @@ impl Block {
     /// A places in a window.
     fn mask(&self, windows: &Windows, batch: i64) -> Result<Tensor> {
         let area = self.window * self.window;
-        let bias = self.bias.f_index_select(0, &self.bias_rows)?.f_view([area, area, -1])?;
+        let bias = self
+            .bias
+            .f_index_select(0, &self.bias_rows.f_to_device(self.bias.device())?)?
+            .f_view([area, area, -1])?;
         let bias = bias.f_permute([2, 0, 1])?.f_unsqueeze(0)?;
         if windows.shift == 0 {
             return Ok(bias);

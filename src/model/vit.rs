@@ -4,9 +4,9 @@ use serde::Deserialize;
 use tch::Tensor;
 
 use super::Result;
+use super::backbone::{check_heads, check_image, check_layers, check_pixels};
 use super::layers::{Activation, Attention, LayerNorm, Linear, Mask, Mlp, Patches, PreNorm, dropout, normal};
 use super::source::Scope;
-use crate::error::LapsError;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default)]
@@ -48,12 +48,9 @@ impl Default for VitConfig {
 
 impl VitConfig {
     pub fn check(&self) -> Result<()> {
-        super::backbone::check_heads(self.hidden_size, self.num_attention_heads)?;
-        if self.patch_size < 1 || self.image_size < self.patch_size {
-            let got = format!("{} and {}", self.image_size, self.patch_size);
-            return Err(LapsError::value("vit", "image_size", "at least patch_size, which is positive", got));
-        }
-        Ok(())
+        check_heads(self.hidden_size, self.num_attention_heads)?;
+        check_image(self.image_size, self.patch_size, self.num_channels)?;
+        check_layers(self.num_hidden_layers, self.intermediate_size)
     }
 
     /// Patches along a side of the image.
@@ -70,11 +67,11 @@ pub struct Vit {
     layers: Vec<PreNorm>,
     norm: LayerNorm,
     dropout: f64,
+    image_size: i64,
 }
 
 impl Vit {
     pub fn new(mut at: Scope<'_>, config: &VitConfig) -> Result<Self> {
-        config.check()?;
         let (d, init) = (config.hidden_size, normal(config.initializer_range));
         let tokens = 1 + config.side() * config.side();
         Ok(Vit {
@@ -93,11 +90,13 @@ impl Vit {
                 .collect::<Result<_>>()?,
             norm: LayerNorm::new(at.sub("layernorm"), d, config.layer_norm_eps)?,
             dropout: config.hidden_dropout_prob,
+            image_size: config.image_size,
         })
     }
 
     /// Pixels (B, 3, S, S) to tokens (B, 1 + N, D), `[CLS]` first.
     pub fn forward(&self, pixels: &Tensor, train: bool) -> Result<Tensor> {
+        check_pixels(pixels, self.image_size)?;
         let patches = self.patches.forward(pixels)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
         let class = self.class.f_expand([patches.size()[0], -1, -1], false)?;
         let tokens = Tensor::f_cat(&[class, patches], 1)?.f_add(&self.positions)?;

@@ -13,6 +13,9 @@ from ..errors import LapsTypeError, LapsValueError
 # A pooler and a masked-image-modelling token have no effect on tokens; checkpoints often lack them.
 UNUSED = ("pooler.", "embeddings.mask_token")
 
+# A path of its maker's machine, and notes that transformers adds when it saves: no part of a configuration.
+UNKEPT = ("_name_or_path", "architectures", "dtype")
+
 
 @dataclass(frozen=True)
 class Description:

@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from .. import _check
 from .._hub import find_folder
+from .._laps import __version__
 from ..errors import LapsValueError
-from .backbone import DescribedBackbone, Description
+from .backbone import UNKEPT, DescribedBackbone, Description
 from .keys import check_weights
 
 __all__ = ["KNOWN", "NativeBackbone", "load"]
 
-INSTALL = "pip install laps-rs[native], or `make native` in a clone"
+INSTALL = "`make native` in a clone, or the wheel that `make wheel` builds"
 
 
 def _require() -> Any:
@@ -49,6 +50,14 @@ def _require() -> Any:
         )
     from laps_native import _native
 
+    if _native.__version__ != __version__:
+        raise ImportError(
+            _check.message(
+                "laps.encoders.native",
+                f"laps-rs-native is of version {_native.__version__}",
+                f"that of laps, {__version__}: {INSTALL}",
+            )
+        )
     return _native
 
 
@@ -88,7 +97,7 @@ class NativeBackbone(DescribedBackbone):
 
     def __init__(self, config: Mapping[str, Any], *, random: bool = True) -> None:
         super().__init__()
-        values = dict(config)
+        values = {name: value for name, value in config.items() if name not in UNKEPT}
         kind = values.get("model_type")
         if kind not in KNOWN:
             raise LapsValueError(
@@ -104,7 +113,10 @@ class NativeBackbone(DescribedBackbone):
             tensors = self._encoder.random()
         else:
             tensors = [(name, torch.empty(shape)) for name, shape in self._encoder.parameters()]
-        self._places = [_register(self, name, tensor) for name, tensor in tensors]
+        for name, tensor in tensors:
+            _register(self, name, tensor)
+        # By name and not by module: a module may be replaced, and a parameter become computed.
+        self._names = [name.rpartition(".")[::2] for name, _ in tensors]
         self.description = Description(
             values,
             inputs="pixel_values" if KNOWN[kind] == "vision" else "input_ids",
@@ -129,7 +141,7 @@ class NativeBackbone(DescribedBackbone):
         Raises:
             LapsValueError: the input of the other kind of encoder.
         """
-        parameters = [module._parameters[name] for module, name in self._places]
+        parameters = [getattr(self.get_submodule(path), name) for path, name in self._names]
         given = pixel_values if self.description.inputs == "pixel_values" else input_ids
         if given is None:
             raise LapsValueError(
@@ -146,15 +158,14 @@ class NativeBackbone(DescribedBackbone):
         return f"model_type={self.description.config['model_type']!r}"
 
 
-def _register(module: nn.Module, path: str, tensor: Tensor) -> tuple[nn.Module, str]:
-    """Make the tensor a parameter under its dotted name; returns the module and the name that hold it."""
+def _register(module: nn.Module, path: str, tensor: Tensor) -> None:
+    """Make the tensor a parameter under its dotted name."""
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in module._modules:
             module.add_module(parent, nn.Module())
         module = module.get_submodule(parent)
     module.register_parameter(name, nn.Parameter(tensor))
-    return module, name
 
 
 def load(source: str | Path, part: str, *, image_size: int | None = None) -> NativeBackbone:

@@ -31,7 +31,7 @@ from transformers.utils import logging
 from .. import _check
 from .._tensor_files import load_tensors, system_errors
 from ..errors import LapsValueError
-from .backbone import UNUSED, Description
+from .backbone import UNKEPT, UNUSED, Description
 from .keys import check_keys, check_weights, other_shape
 
 # CLIP's tokens live in the shared space only after its projections, which the plain models lack.
@@ -72,12 +72,8 @@ def num_prefix_tokens(config: PretrainedConfig) -> int | None:
 def describe(model: Any) -> Description:
     """What is known of a model of transformers."""
     config = model.config
-    values = config.to_dict()
-    # A path of its maker's machine, and notes that transformers adds when it saves: no part of the model.
-    for name in ("_name_or_path", "architectures", "dtype"):
-        values.pop(name, None)
     return Description(
-        values,
+        {name: value for name, value in config.to_dict().items() if name not in UNKEPT},
         inputs=getattr(model, "main_input_name", None),
         num_prefix_tokens=num_prefix_tokens(config),
         image_size=getattr(config, "image_size", None),
