@@ -231,26 +231,26 @@ impl Laps {
         let Modules { head, objective, .. } = &self.modules;
         let (scored, Scores { scores, kept_fraction }) = head.training_scores(&images, &texts)?;
         let sampled = head.options().has_score_net();
+        let parameter = objective.parameter().filter(|parameter| parameter.requires_grad());
         // The small graph from scores to loss is needed whatever the caller has switched off.
-        tch::with_grad(|| {
+        let (loss, grads) = tch::with_grad(|| -> Result<_> {
             let scores = scores.f_set_requires_grad(true)?;
             let fraction = kept_fraction.f_set_requires_grad(sampled)?;
             let kept = sampled.then_some((&fraction, head.options().selection_ratio));
             let loss = objective.loss(&scores, &batch.images, warmup, kept)?;
-            let parameter = objective.parameter().filter(|parameter| parameter.requires_grad());
             let mut leaves = vec![&scores];
             leaves.extend(sampled.then_some(&fraction));
             leaves.extend(parameter);
             let grads = Tensor::f_run_backward(&[&loss], &leaves, false, false)?;
-            let mut tied = scored.carry(&grads[0], sampled.then(|| &grads[1]))?;
-            if let Some(parameter) = parameter {
-                let grad = &grads[leaves.len() - 1];
-                let still = parameter.f_sub(&parameter.f_detach()?)?;
-                tied = tied.f_add(&still.f_mul(grad)?.f_to_device(tied.device())?.f_to_kind(tied.kind())?)?;
-            }
-            // The value of the loss, and the gradient of what is tied to it, whose value is zero.
-            Ok(tied.f_add(&loss.f_detach()?.f_to_device(tied.device())?)?)
-        })
+            Ok((loss.f_detach()?, grads))
+        })?;
+        let mut tied = scored.carry(&grads[0], sampled.then(|| &grads[1]))?;
+        if let Some((parameter, grad)) = parameter.zip(grads.last()) {
+            let still = parameter.f_sub(&parameter.f_detach()?)?;
+            tied = tied.f_add(&still.f_mul(grad)?.f_to_device(tied.device())?.f_to_kind(tied.kind())?)?;
+        }
+        // The value of the loss, and the gradient of what is tied to it, whose value is zero.
+        Ok(tied.f_add(&loss.f_to_device(tied.device())?)?)
     }
 }
 
