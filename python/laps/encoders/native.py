@@ -87,11 +87,11 @@ class NativeBackbone(DescribedBackbone):
 
     Example:
         >>> import laps, torch
-        >>> from laps.encoders.native import NativeBackbone  # doctest: +SKIP
+        >>> from laps.encoders.native import NativeBackbone
         >>> small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-        >>> vit = NativeBackbone({"model_type": "vit", "image_size": 32, **small})  # doctest: +SKIP
-        >>> encoder = laps.encoders.ImageEncoder(vit, embed_dim=64)  # doctest: +SKIP
-        >>> encoder(torch.randn(2, 3, 32, 32)).shape  # doctest: +SKIP
+        >>> vit = NativeBackbone({"model_type": "vit", "image_size": 32, **small})
+        >>> encoder = laps.encoders.ImageEncoder(vit, embed_dim=64)
+        >>> encoder(torch.randn(2, 3, 32, 32)).shape
         torch.Size([2, 5, 64])
     """
 
