@@ -4,29 +4,19 @@
 
 #![cfg(feature = "torch")]
 
+mod common;
+
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
+use common::{batch, difference, named, python, run, scratch};
 use laps::LapsError;
 use laps::model::{BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, Half, Laps};
 use tch::nn::{OptimizerConfig, Sgd};
 use tch::{Device, Tensor};
 
 const MODELS: [&str; 5] = ["vit", "swin", "clip", "paper", "all patches"];
-
-fn python() -> Command {
-    let mut command = Command::new(if cfg!(windows) { "python" } else { "python3" });
-    command.env("OMP_NUM_THREADS", "1").env("HF_HUB_OFFLINE", "1");
-    command
-}
-
-fn run(command: &mut Command) -> String {
-    let output = command.output().expect("python3 on the PATH");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    text(&output.stdout)
-}
 
 /// The folder with the models, made once for all tests of this process.
 fn models() -> &'static Path {
@@ -36,36 +26,6 @@ fn models() -> &'static Path {
         run(python().arg("tests/_rust_models.py").arg(&folder));
         folder
     })
-}
-
-/// An empty folder of this process.
-fn scratch(name: &str) -> PathBuf {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{}", std::process::id()));
-    let _ = std::fs::remove_dir_all(&folder);
-    std::fs::create_dir_all(&folder).unwrap();
-    folder
-}
-
-fn named(file: PathBuf) -> impl Fn(&str) -> Tensor {
-    let tensors = Tensor::read_safetensors(file).unwrap();
-    move |name| {
-        tensors.iter().find(|(n, _)| n == name).unwrap_or_else(|| panic!("no {name}")).1.shallow_clone()
-    }
-}
-
-fn batch(folder: &Path) -> Batch {
-    let tensor = named(folder.join("batch.safetensors"));
-    Batch {
-        pixels: tensor("pixels"),
-        ids: tensor("ids"),
-        lengths: tensor("lengths"),
-        images: tensor("images"),
-    }
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    (a.to_kind(tch::Kind::Double) - b).abs().max().double_value(&[])
 }
 
 fn scores(model: &Laps, batch: &Batch) -> Tensor {

@@ -2,40 +2,11 @@
 
 #![cfg(all(feature = "torch", feature = "cuda"))]
 
-use std::path::Path;
-use std::process::Command;
+mod common;
 
+use common::{batch, difference, python, run, scratch};
 use laps::model::{Batch, Laps};
 use tch::{Device, Kind, Tensor};
-
-fn python(code: &str, argument: &Path) -> String {
-    let output = Command::new("python3")
-        .args(["-c", code])
-        .arg(argument)
-        .env("PYTHONPATH", "tests")
-        .env("OMP_NUM_THREADS", "1")
-        .env("HF_HUB_OFFLINE", "1")
-        .output()
-        .expect("python3 on the PATH");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-fn difference(a: &Tensor, b: &Tensor) -> f64 {
-    assert_eq!(a.size(), b.size());
-    (a.to_kind(Kind::Double) - b.to_kind(Kind::Double)).abs().max().double_value(&[])
-}
-
-fn batch(folder: &Path) -> Batch {
-    let tensors = Tensor::read_safetensors(folder.join("batch.safetensors")).unwrap();
-    let tensor = |name| tensors.iter().find(|(n, _)| n == name).unwrap().1.shallow_clone();
-    Batch {
-        pixels: tensor("pixels").to_kind(Kind::Float),
-        ids: tensor("ids"),
-        lengths: tensor("lengths"),
-        images: tensor("images"),
-    }
-}
 
 /// Scores of all pairs and of the diagonal, without gradient.
 fn scores(model: &Laps, batch: &Batch) -> [Tensor; 2] {
@@ -60,12 +31,12 @@ fn gradients(model: &Laps, batch: &Batch) -> Vec<(String, Tensor)> {
 
 #[test]
 fn scores_and_gradients_are_those_of_the_cpu() {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("gpu-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
+    let folder = scratch("gpu");
     let code = "import sys; from pathlib import Path; from _cuda_emulator import build; import _rust_models; \
                 out = Path(sys.argv[1]); _rust_models.write(out); \
                 print(*(f'{name}={value}' for name, value in build(out).items()), sep='\\n')";
-    for line in python(code, &folder).lines() {
+    let made = run(python().args(["-c", code]).arg(&folder).env("PYTHONPATH", "tests"));
+    for line in made.lines() {
         let Some((name, value)) = line.split_once('=').filter(|(name, _)| name.starts_with("LAPS_")) else {
             continue;
         };
@@ -75,6 +46,7 @@ fn scores_and_gradients_are_those_of_the_cpu() {
     for name in ["vit", "swin", "clip", "paper", "all patches"] {
         let place = folder.join(name);
         let (mut model, batch) = (Laps::from_pretrained(&place, Device::Cpu).unwrap(), batch(&place));
+        let batch = Batch { pixels: batch.pixels.to_kind(Kind::Float), ..batch };
         let (expected, wanted) = (scores(&model, &batch), gradients(&model, &batch));
         model.head_mut().emulate_gpu().unwrap();
         compare(name, &model, &batch, &expected, &wanted);

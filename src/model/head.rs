@@ -223,6 +223,7 @@ impl Features {
     }
 
     /// Refuses sizes that do not fit each other, before any kernel sees them.
+    #[cfg(feature = "cuda")]
     fn check(&self, pairs: Pairs) -> Result<()> {
         const MOST: i64 = 16384;
         let refuse = |argument, expected: String, tensor: &Tensor| {
@@ -371,9 +372,10 @@ impl Scored {
         save: bool,
     ) -> Result<(Self, Scores)> {
         let (features, options) = (Features::new(images, texts), head.kernel);
-        features.check(pairs)?;
         #[cfg(feature = "cuda")]
         if head.runs_on_gpu(&features) {
+            // The kernels of the CPU check for themselves.
+            features.check(pairs)?;
             let detached = features.map(|tensor| Ok(tensor.f_detach()?))?;
             let (scores, saved) = super::gpu::forward(&detached, &options, pairs, seed, save)?;
             return Ok((Scored { features, options, kernels: Kernels::Gpu { pairs, seed, saved } }, scores));
