@@ -60,6 +60,7 @@ pub struct LapsHead {
     aggregation: Mlp,
     score: Option<(LayerNorm, Mlp)>,
     /// For tests with the stand-ins of driver and NVRTC: the kernels for GPUs, on tensors of the CPU.
+    #[cfg(feature = "cuda")]
     emulated: bool,
 }
 
@@ -83,7 +84,6 @@ impl LapsHead {
             .then(|| network(at.sub("score"), embed_dim, (embed_dim / 4).max(1), 2))
             .transpose()?;
         let options = options.clone();
-        let emulated = false;
         Ok(LapsHead {
             options,
             kernel,
@@ -93,7 +93,8 @@ impl LapsHead {
             aggregation_norm,
             aggregation,
             score,
-            emulated,
+            #[cfg(feature = "cuda")]
+            emulated: false,
         })
     }
 
