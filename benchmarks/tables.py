@@ -291,8 +291,8 @@ def encoders_table(result: Result) -> str:
         row = [title, str(entry["batch"])]
         for part in ("forward_s", "step_s"):
             hf, native = entry[part]["hf"], entry[part]["native"]
-            rate = entry["batch"] / native
-            row += [milliseconds(hf), milliseconds(native), times(hf / native), f"{rate:.3g}"]
+            rates = " / ".join(f"{entry['batch'] / seconds:.3g}" for seconds in (hf, native))
+            row += [milliseconds(hf), milliseconds(native), times(hf / native), rates]
         rows.append([*row, f"{entry['largest_difference']:.0e}"])
     low, high = result["settings"]["words"]
     header = (
@@ -309,8 +309,9 @@ def encoders_table(result: Result) -> str:
         "largest difference",
     )
     return (
-        f"Random weights, float32, captions of {low} to {high} tokens. A step is forward and backward in "
-        "training mode, and SGD. Medians of forms that take turns; items/s are the native encoder's.\n\n"
+        f"Random weights, {result['settings']['dtype']}, captions of {low} to {high} tokens. A step is "
+        "forward and backward in training mode, and SGD. Medians of forms that take turns; items/s are "
+        "images or captions, transformers / native.\n\n"
         f"{markdown(header, rows)}\n\n"
         f"transformers {result['machine']['transformers']}; {machine_line(result)}"
     )

@@ -27,14 +27,13 @@ fn main() -> ExitCode {
 
 fn score(folder: &str, image: &str, sentences: &[String]) -> Result<(), LapsError> {
     let model = Laps::from_pretrained(folder, Device::Cpu)?;
-    let texts = model.encode_captions(sentences)?;
-    for features in model.encode_files(&[image], 1)? {
-        let scores = Vec::<f32>::try_from(model.similarity(&features, &texts)?.flatten(0, 1))?;
-        let mut ranked: Vec<_> = scores.iter().zip(sentences).collect();
-        ranked.sort_by(|a, b| b.0.total_cmp(a.0));
-        for (score, sentence) in ranked {
-            println!("{score:.3}  {sentence}");
-        }
+    let texts = model.encode_captions(sentences, 64)?;
+    let images = model.encode_files(&[image], 1)?;
+    let scores = Vec::<f32>::try_from(model.similarity(&images, &texts)?.flatten(0, 1))?;
+    let mut ranked: Vec<_> = scores.iter().zip(sentences).collect();
+    ranked.sort_by(|a, b| b.0.total_cmp(a.0));
+    for (score, sentence) in ranked {
+        println!("{score:.3}  {sentence}");
     }
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Draws scenes of two shapes, trains a small LAPS model on them and finds held-out scenes by their captions. No Python,
-//! no files; about a minute on two cores.
+//! Draws scenes of two shapes, trains a small LAPS model on them, and finds new drawings by their captions. No Python, no
+//! files; about a minute on two cores.
 //!
 //! ```sh
 //! cargo run --release --features torch --example train
@@ -14,7 +14,8 @@ use tch::nn::{AdamW, OptimizerConfig};
 use tch::{Device, Kind, Tensor};
 
 const SIZE: i64 = 48;
-const STEPS: usize = 400;
+const STEPS: usize = 2000;
+const REPORTS: usize = 10;
 const BATCH: usize = 32;
 const LEARNING_RATE: f64 = 1e-3;
 const SHAPES: [&str; 3] = ["circle", "square", "triangle"];
@@ -159,7 +160,7 @@ fn main() -> Result<(), LapsError> {
     let model = model()?;
     let mut optimizer = AdamW::default().build(&model.variables, LEARNING_RATE)?;
     let everything: Vec<usize> = (0..scenes.len()).collect();
-    let held_out = batch(&scenes, &everything, &mut random);
+    let new = batch(&scenes, &everything, &mut random);
     println!(
         "{} scenes; by chance {:.1} % of captions find theirs",
         scenes.len(),
@@ -167,9 +168,10 @@ fn main() -> Result<(), LapsError> {
     );
     let steps = std::env::args().nth(1).and_then(|steps| steps.parse().ok()).unwrap_or(STEPS);
     for step in 0..=steps {
-        if step % 50 == 0 || step == steps {
-            println!("step {step:3}: {:5.1} % find theirs among new drawings", recall(&model, &held_out)?);
+        if step % (steps / REPORTS).max(1) == 0 || step == steps {
+            println!("step {step:4}: {:5.1} % find theirs among new drawings", recall(&model, &new)?);
         }
+        optimizer.set_lr(LEARNING_RATE * (1.0 - step as f64 / (steps + 1) as f64));
         let chosen: Vec<usize> = (0..BATCH).map(|_| random.below(scenes.len())).collect();
         let loss = model.loss(&batch(&scenes, &chosen, &mut random), None)?;
         optimizer.backward_step_clip_norm(&loss, 2.0);

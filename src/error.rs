@@ -4,6 +4,7 @@ use thiserror::Error;
 
 /// An argument that an operation cannot take.
 #[derive(Debug, Clone, PartialEq, Error)]
+#[non_exhaustive]
 pub enum LapsError {
     /// Sizes that do not fit each other or the operation.
     #[error("{operation}: {argument} has shape {got}, expected {expected}")]

@@ -27,6 +27,9 @@ MODELS: dict[str, tuple[str, str, int | None, dict[str, Any], dict[str, Any]]] =
     "clip": ("clip", "clip", None, {"directions": "word_to_patch", "fusion": False}, {"margin": 0.3}),
     "paper": ("vit", "bert", 24, {"variant": "paper"}, {"name": "triplet"}),
     "all patches": ("vit", "bert", 24, {"variant": "paper", "selection": "none"}, {}),
+    "image": ("vit", "bert", 24, {"selection": "image", "direction_reduction": "mean"}, {"max_score": 1.0}),
+    "dot": ("vit", "bert", 24, {"score": "dot", "directions": "patch_to_word", "negative_slope": 0.3}, {}),
+    "top-k": ("vit", "bert", 24, {"variant": "paper", "sampling": "topk", "temperature": 0.5}, {}),
 }
 
 

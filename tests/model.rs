@@ -10,13 +10,14 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use common::{batch, difference, named, python, run, scratch};
+use common::{MODELS, batch, difference, named, python, run, scratch};
 use laps::LapsError;
-use laps::model::{BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, Half, Laps};
+use laps::model::{
+    BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, Half, ImageFeatures, Laps, LapsConfig, LossName,
+    LossOptions, TextFeatures,
+};
 use tch::nn::{OptimizerConfig, Sgd};
 use tch::{Device, Tensor};
-
-const MODELS: [&str; 5] = ["vit", "swin", "clip", "paper", "all patches"];
 
 /// The folder with the models, made once for all tests of this process.
 fn models() -> &'static Path {
@@ -142,8 +143,8 @@ fn captions_and_images_become_what_python_makes_of_them() {
     assert_eq!((ids, lengths), (expected("ids"), expected("lengths")));
     let model = Laps::from_pretrained(&folder, Device::Cpu).unwrap();
     let pixels = model.transform.load(&image).unwrap();
-    assert_eq!(model.encode_captions(&captions).unwrap().lengths, expected("lengths"));
-    assert_eq!(model.encode_files(&[&image, &image, &image], 2).unwrap().len(), 2);
+    assert_eq!(model.encode_captions(&captions, 2).unwrap().lengths, expected("lengths"));
+    assert_eq!(model.encode_files(&[&image, &image, &image], 2).unwrap().patches.size()[0], 3);
     // One of 255 steps, over the smallest standard deviation.
     // One of compositing, one of resizing.
     let steps = difference(&pixels, &expected("pixels")) * 255.0 * 0.224;
@@ -171,7 +172,7 @@ fn the_examples_run() {
     assert!(!failed.status.success());
     assert!(String::from_utf8_lossy(&failed.stderr).contains("nowhere.png cannot be read"));
     let trained = example("train", &["2".as_ref()]);
-    assert!(String::from_utf8_lossy(&trained.stdout).contains("step   2"));
+    assert!(String::from_utf8_lossy(&trained.stdout).contains("step    2"));
 }
 
 #[test]
@@ -219,6 +220,90 @@ fn wrong_shapes_are_errors_and_no_panics() {
     // An id that the vocabulary does not have: torch's own words.
     let error = model.encode_text(&(&batch.ids + 1_000_000), &batch.lengths, false).unwrap_err();
     assert!(matches!(error, LapsError::Torch(_)), "{error}");
+}
+
+#[test]
+fn pretrained_encoders_become_a_model() {
+    let folder = scratch("pretrained");
+    let code = "import sys; from pathlib import Path; from _models import *; out = Path(sys.argv[1]); \
+                vision_model('vit').save_pretrained(out / 'vit'); text_model('bert').save_pretrained(out / 'bert')";
+    run(python().args(["-c", code]).arg(&folder).env("PYTHONPATH", "tests"));
+    let read = |name: &str, half| Checkpoint::read(&folder.join(name), half, None).unwrap();
+    let (image, text) = (|| read("vit", Half::Vision), || read("bert", Half::Text));
+    let config = LapsConfig::new(image().config, text().config, 24).unwrap();
+    let model = Laps::from_checkpoints(config.clone(), image(), text(), Device::Cpu).unwrap();
+    let weights = model.variables.variables();
+    for (prefix, checkpoint) in [("image_encoder", image()), ("text_encoder", text())] {
+        for (name, tensor) in checkpoint.tensors {
+            assert!(weights[&format!("{prefix}.backbone.{name}")].equal(&tensor), "{prefix} {name}");
+        }
+    }
+    assert!(weights.contains_key("head.aggregation.scale"));
+    assert!(model.loss(&batch(&models().join("vit")), None).unwrap().double_value(&[]).is_finite());
+    let saved = folder.join("saved");
+    model.save_pretrained(&saved).unwrap();
+    run(python().args(["-c", "import sys, laps; laps.LAPS.from_pretrained(sys.argv[1])"]).arg(&saved));
+
+    let fails = |config: &LapsConfig, image, text, wanted: &str| {
+        let error = Laps::from_checkpoints(config.clone(), image, text, Device::Cpu).err().expect("an error");
+        assert!(error.to_string().contains(wanted), "{error}");
+    };
+    fails(&config, text(), text(), "expected Vision, got Text");
+    let mut other = image();
+    other.config["num_hidden_layers"] = 1.into();
+    fails(&config, other, text(), "the configuration of");
+    let mut short = image();
+    short.tensors.retain(|(name, _)| name != "layernorm.bias");
+    fails(&config, short, text(), "missing: layernorm.bias");
+}
+
+#[test]
+fn losses_outside_their_ranges_are_refused() {
+    let config = Laps::from_pretrained(models().join("vit"), Device::Cpu).unwrap().config().clone();
+    let hinge = LossOptions::default();
+    let contrastive = LossOptions { name: LossName::InfoNce, ..LossOptions::default() };
+    for (argument, loss) in [
+        ("margin", LossOptions { margin: Some(-0.1), ..hinge.clone() }),
+        ("margin", LossOptions { margin: Some(0.2), ..contrastive.clone() }),
+        ("temperature", LossOptions { temperature: Some(0.07), ..hinge.clone() }),
+        ("temperature", LossOptions { temperature: Some(0.0), ..contrastive }),
+        ("ratio_weight", LossOptions { ratio_weight: f64::NAN, ..hinge.clone() }),
+        ("max_score", LossOptions { max_score: 0.0, ..hinge }),
+    ] {
+        let mut config = config.clone();
+        config.loss = loss;
+        let error = Laps::new(config, Device::Cpu).err().expect("an error").to_string();
+        assert!(error.contains(argument), "{argument}: {error}");
+    }
+}
+
+#[test]
+fn an_evaluation_can_ask_for_the_loss_of_its_scores() {
+    let folder = models().join("vit");
+    let (model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+    let loss = model.objective().loss(&scores(&model, &batch), &batch.images, None, None).unwrap();
+    let trained = tch::no_grad(|| model.loss(&batch, None).unwrap());
+    assert!(difference(&loss, &trained) < 1e-6);
+}
+
+#[test]
+fn features_of_parts_are_those_of_the_whole() {
+    for name in ["vit", "paper"] {
+        let folder = models().join(name);
+        let (model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
+        let (mut images, mut texts) = (Vec::new(), Vec::new());
+        for (start, count) in [(0, 1), (1, 3)] {
+            let part = |tensor: &Tensor| tensor.narrow(0, start, count);
+            images.push(model.encode_image(&part(&batch.pixels), false).unwrap());
+            let lengths = part(&batch.lengths);
+            let ids = part(&batch.ids).narrow(1, 0, lengths.max().int64_value(&[]));
+            texts.push(model.encode_text(&ids, &lengths, false).unwrap());
+        }
+        let (images, texts) = (ImageFeatures::cat(&images).unwrap(), TextFeatures::cat(&texts).unwrap());
+        let parts = model.similarity(&images, &texts).unwrap();
+        assert!(difference(&parts, &scores(&model, &batch)) < 1e-6, "{name}");
+    }
+    assert!(ImageFeatures::cat(&[]).is_err() && TextFeatures::cat(&[]).is_err());
 }
 
 #[test]

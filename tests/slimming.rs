@@ -137,7 +137,7 @@ fn results_do_not_depend_on_threads_or_chunks() {
     for selection in [Selection::Scores, data.paper(), Selection::SoftMask(data.soft.view())] {
         let input = data.input(selection);
         let (one, one_grads) = pool(1).install(|| run(&input, &Options::default()));
-        for (threads, chunk) in [(3, Options::default().chunk), (2, 1), (1, 20_000)] {
+        for (threads, chunk) in [(3, None), (2, Some(1)), (1, Some(20_000))] {
             let options = Options { chunk, ..Options::default() };
             let (many, many_grads) = pool(threads).install(|| run(&input, &options));
             assert_eq!(one.scores, many.scores);

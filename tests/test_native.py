@@ -16,7 +16,7 @@ import transformers
 from _models import ENVIRONMENT, SIZE, SMALL, VARIANTS, build, make_batch, shaken, text_model, vision_model
 from _rust_models import MODELS, batch, scores, train
 from _rust_models import build as build_without_dropout
-from laps.encoders import ImageEncoder, TextEncoder
+from laps.encoders import ImageEncoder, TextEncoder, implementations
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,6 +40,10 @@ VISION = {
     "swin, shifted and padded": transformers.SwinConfig(
         image_size=38, patch_size=2, embed_dim=8, depths=[2, 3, 2], num_heads=[2, 2, 4], window_size=4,
         use_absolute_embeddings=False, mlp_ratio=1.5,
+    ),
+    "swin, absolute positions": transformers.SwinConfig(
+        image_size=SIZE, patch_size=4, embed_dim=12, depths=[2, 1], num_heads=[3, 2], window_size=4,
+        use_absolute_embeddings=True, qkv_bias=False,
     ),
     "clip": transformers.CLIPVisionConfig(image_size=SIZE, patch_size=8, projection_dim=24, **SMALL),
     "clip, another size": transformers.CLIPVisionConfig(
@@ -149,7 +153,58 @@ def test_dropout_draws_what_transformers_draws(part: str, tmp_path: Path) -> Non
 
 
 @needs_native
-@pytest.mark.parametrize("family", ["vit", "clip"])
+@pytest.mark.parametrize("family", ["bert", "clip"])
+def test_masks(family: str, tmp_path: Path) -> None:
+    model = text_model(family)
+    ours = loaded(model, tmp_path, "text")
+    ids = torch.randint(2, 98, (3, 6))
+    with torch.no_grad():
+        alone = model(input_ids=ids).last_hidden_state
+        alone = model.text_projection(alone) if family == "clip" else alone
+        torch.testing.assert_close(ours(input_ids=ids), alone, atol=1e-5, rtol=0)
+        # Padding in front, and holes.
+        mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]])
+        if family == "clip":
+            with pytest.raises(laps.LapsValueError, match="attention_mask"):
+                ours(input_ids=ids, attention_mask=mask)
+            return
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+        for given in (mask, mask.bool(), mask.float()):
+            tokens = ours(input_ids=ids, attention_mask=given)
+            torch.testing.assert_close(tokens[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["vit", "swin", "clip", "bert"])
+def test_autocast_gives_what_transformers_gives(name: str, tmp_path: Path) -> None:
+    text = name == "bert"
+    theirs, ours = pairs_of_encoders(tmp_path, (TEXT if text else VISION)[name], "text" if text else "vision")
+    inputs = (
+        (torch.randint(2, 50, (2, 5)), torch.tensor([5, 3])) if text else (torch.randn(2, 3, SIZE, SIZE),)
+    )
+    exact = ours(*inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = [encoder(*inputs) for encoder in (theirs, ours)]
+    assert rounded[0].dtype == rounded[1].dtype
+    real = torch.arange(exact.shape[1]) < (inputs[1][:, None] if text else exact.shape[1])
+    real = real.expand(exact.shape[:2])
+    # Two roundings of the same thing lie as far apart as either from it.
+    errors = [(tokens.float() - exact)[real].abs().max() for tokens in rounded]
+    assert 0 < errors[1] < 2 * errors[0] + 1e-3
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_checkpoints_of_halves_become_floats(dtype: torch.dtype, tmp_path: Path) -> None:
+    vision_model("vit").to(dtype).save_pretrained(tmp_path)
+    ours, theirs = (ImageEncoder.from_pretrained(tmp_path, encoders=kind).eval() for kind in ("native", "hf"))
+    assert all(parameter.dtype == torch.float32 for parameter in ours.parameters())
+    pixels = torch.randn(2, 3, SIZE, SIZE)
+    torch.testing.assert_close(ours(pixels), theirs(pixels), atol=1e-5, rtol=0)
+
+
+@needs_native
+@pytest.mark.parametrize("family", ["vit", "clip", "swin"])
 def test_other_resolutions_interpolate_the_positions(family: str, tmp_path: Path) -> None:
     model = vision_model(family)
     model.save_pretrained(tmp_path)
@@ -160,6 +215,9 @@ def test_other_resolutions_interpolate_the_positions(family: str, tmp_path: Path
         expected = model.visual_projection(model.vision_model.post_layernorm(expected))
     assert encoder.num_patches == 36
     torch.testing.assert_close(encoder(pixels), expected, atol=1e-5, rtol=0)
+    if family != "swin":
+        with pytest.raises(laps.LapsValueError, match="no images of 48 x 48"):
+            ImageEncoder.from_pretrained(tmp_path, image_size=48)
 
 
 @needs_native
@@ -211,6 +269,19 @@ def test_auto_is_native_where_it_is_known(tmp_path: Path) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("change", [{"hidden_act": "silu"}, {"image_size": [SIZE, SIZE]}], ids=str)
+def test_auto_leaves_to_transformers_what_only_it_has(change: dict[str, Any], tmp_path: Path) -> None:
+    config = transformers.ViTConfig(**VISION["vit"].to_dict() | change)
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(laps.LapsValueError):
+        ImageEncoder.from_pretrained(tmp_path, image_size=SIZE, encoders="native")
+    encoder = ImageEncoder.from_pretrained(tmp_path, image_size=SIZE, encoders="auto")
+    assert isinstance(encoder.backbone, transformers.ViTModel)
+    built = implementations.build(config.to_dict(), "auto")
+    assert isinstance(built, transformers.ViTModel)
+
+
+@needs_native
 def test_new_models_start_as_those_of_transformers_do() -> None:
     for kind, part in (("vit", VISION["vit"]), ("clip", VISION["clip"]), ("bert", TEXT["bert"])):
         ours = native.NativeBackbone(part.to_dict())
@@ -227,6 +298,8 @@ def test_new_models_start_as_those_of_transformers_do() -> None:
                 assert ratio == pytest.approx(1.0, rel=0.1), name
             elif "orm" in name:
                 assert torch.equal(parameter, expected[name]), name
+    words = ours.state_dict()["embeddings.word_embeddings.weight"]
+    assert words.any(1).tolist() == [False] + [True] * 98, "the row of the padding token"
 
 
 @needs_native
@@ -366,6 +439,7 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ({"intermediate_size": -1}, "intermediate_size"),
         ({"model_type": "swin", "window_size": 3000}, "window_size"),
         ({"model_type": "bert", "is_decoder": True}, "is_decoder"),
+        ({"model_type": "bert", "pad_token_id": 10**9}, "pad_token_id"),
     ],
     ids=str,
 )

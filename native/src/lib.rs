@@ -91,27 +91,24 @@ impl Encoder {
         Ok(source.tensors)
     }
 
-    /// Tokens of `inputs`: pixels (B, 3, S, S), or ids (B, L) with lengths (B,). `parameters` are in the order of `Encoder.parameters`.
-    #[pyo3(signature = (parameters, inputs, lengths, train))]
+    /// Tokens of `inputs`: pixels (B, 3, S, S), or ids (B, L) with a mask (B, L), bool, or None. `parameters` are in the
+    /// order of `Encoder.parameters`.
+    #[pyo3(signature = (parameters, inputs, mask, train))]
     fn forward(
         &self,
         py: Python<'_>,
         parameters: Vec<PyTensor>,
         inputs: PyTensor,
-        lengths: Option<PyTensor>,
+        mask: Option<PyTensor>,
         train: bool,
     ) -> PyResult<PyTensor> {
         let parameters: Vec<_> = parameters.into_iter().map(|tensor| tensor.0).collect();
-        let (input, lengths) = (inputs.0, lengths.map(|tensor| tensor.0));
-        let tokens = py.detach(move || {
-            match (self.config.build(Scope::root(&mut Lent::new(&parameters)))?, &lengths) {
-                (Module::Vision(vision), _) => vision.forward(&input, train),
-                (Module::Text(text), Some(lengths)) => text.forward(&input, lengths, train),
-                (Module::Text(_), None) => {
-                    Err(LapsError::value("encoder", "lengths", "one per caption", "None"))
-                }
-            }
-        })?;
+        let (input, mask) = (inputs.0, mask.map(|tensor| tensor.0));
+        let tokens =
+            py.detach(move || match self.config.build(Scope::root(&mut Lent::new(&parameters)))? {
+                Module::Vision(vision) => vision.forward(&input, train),
+                Module::Text(text) => text.forward_masked(&input, mask.as_ref(), train),
+            })?;
         Ok(PyTensor(tokens))
     }
 
@@ -156,11 +153,13 @@ impl Encoder {
 #[pyfunction]
 #[pyo3(signature = (folder, part, image_size=None))]
 fn read_checkpoint(
+    py: Python<'_>,
     folder: PathBuf,
     part: &str,
     image_size: Option<i64>,
 ) -> PyResult<(String, String, Named)> {
-    let checkpoint = Checkpoint::read(&folder, half(part)?, image_size)?;
+    let half = half(part)?;
+    let checkpoint = py.detach(|| Checkpoint::read(&folder, half, image_size))?;
     Ok((checkpoint.file, checkpoint.config.to_string(), named(checkpoint.tensors)))
 }
 

@@ -248,10 +248,23 @@ impl Text {
     /// Ids (B, L) and lengths (B,), int64, to tokens (B, L, D). Rows past a length are undefined. `train` switches
     /// dropout on.
     pub fn forward(&self, ids: &Tensor, lengths: &Tensor, train: bool) -> Result<Tensor> {
-        let lengths = lengths.f_to_device(ids.device())?.f_to_kind(Kind::Int64)?;
+        let (_, longest) = ids.size2()?;
+        let lengths = lengths.f_to_device(ids.device())?.f_unsqueeze(1)?;
+        let mask = Tensor::f_arange(longest, (Kind::Int64, ids.device()))?.f_lt_tensor(&lengths)?;
+        self.forward_masked(ids, Some(&mask), train)
+    }
+
+    /// The same with a mask (B, L), bool, true where a token may be looked at; None where all may. CLIP's tokens look back
+    /// only: it takes no notice of a mask, which must be padding at the end.
+    pub fn forward_masked(&self, ids: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         match self {
-            Text::Bert(bert) => bert.forward(ids, &lengths, train),
+            Text::Bert(bert) => bert.forward(ids, mask, train),
             Text::Clip(clip) => clip.forward(ids, train),
         }
+    }
+
+    /// Whether tokens look back only.
+    pub fn is_causal(&self) -> bool {
+        matches!(self, Text::Clip(_))
     }
 }

@@ -63,6 +63,10 @@ impl BertConfig {
         ] {
             check_size(name, size)?;
         }
+        if let Some(id) = self.pad_token_id.filter(|id| !(0..self.vocab_size).contains(id)) {
+            let expected = format!("an id below vocab_size {}", self.vocab_size);
+            return Err(LapsError::value("encoder config", "pad_token_id", expected, id));
+        }
         check_layers(self.num_hidden_layers, self.intermediate_size)
     }
 }
@@ -103,17 +107,18 @@ impl Bert {
         })
     }
 
-    /// Ids (B, L) and lengths (B,), both int64 on the model's device, to tokens (B, L, D). Rows past a length are
-    /// undefined.
-    pub fn forward(&self, ids: &Tensor, lengths: &Tensor, train: bool) -> Result<Tensor> {
+    /// Ids (B, L), int64, to tokens (B, L, D). `mask` (B, L) is true where a token may be looked at, and None where all
+    /// may; other rows are undefined.
+    pub fn forward(&self, ids: &Tensor, mask: Option<&Tensor>, train: bool) -> Result<Tensor> {
         let (_, longest) = ids.size2()?;
         let positions = Tensor::f_arange(longest, (Kind::Int64, ids.device()))?;
         let types = self.types.weight.f_select(0, 0)?;
         let tokens = self.words.forward(ids)?.f_add(&types)?.f_add(&self.positions.forward(&positions)?)?;
         let mut tokens = dropout(&self.norm.forward(&tokens)?, self.dropout, train)?;
-        let mask = positions.f_lt_tensor(&lengths.f_unsqueeze(1)?)?.f_unsqueeze(1)?.f_unsqueeze(1)?;
+        let mask = mask.map(|mask| mask.f_unsqueeze(1)?.f_unsqueeze(1)).transpose()?;
         for layer in &self.layers {
-            let mixed = layer.attention.forward(&tokens, Mask::Given(&mask), train)?;
+            let seen = mask.as_ref().map_or(Mask::All, Mask::Given);
+            let mixed = layer.attention.forward(&tokens, seen, train)?;
             tokens = layer.attention_norm.forward(&dropout(&mixed, self.dropout, train)?.f_add(&tokens)?)?;
             let changed = layer.mlp.forward(&tokens)?;
             tokens = layer.mlp_norm.forward(&dropout(&changed, self.dropout, train)?.f_add(&tokens)?)?;

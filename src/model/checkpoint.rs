@@ -50,6 +50,7 @@ impl Half {
 pub struct Checkpoint {
     /// The file that an error should name.
     pub file: String,
+    pub half: Half,
     pub config: Value,
     pub tensors: Vec<(String, Tensor)>,
 }
@@ -72,7 +73,7 @@ impl Checkpoint {
         }
         let (file, tensors) = read_weights(folder)?;
         let tensors = own(tensors, config["model_type"].as_str().unwrap_or_default(), half);
-        let mut checkpoint = Checkpoint { file, config, tensors };
+        let mut checkpoint = Checkpoint { file, half, config, tensors };
         if let (Half::Vision, Some(size)) = (half, image_size) {
             checkpoint.resize(size)?;
         }

@@ -241,6 +241,37 @@ pub struct LossOptions {
     pub max_score: f64,
 }
 
+impl LossOptions {
+    /// Refuses values outside their ranges, and what the loss does not have, naming the first.
+    pub fn check(&self) -> Result<()> {
+        let refuse =
+            |argument, expected: &str, got| Err(LapsError::value("Objective", argument, expected, got));
+        let contrastive = self.name == LossName::InfoNce;
+        match (self.margin, self.temperature) {
+            (Some(margin), _) if contrastive => {
+                return refuse("margin", "another loss than InfoNCE, or none", margin);
+            }
+            (Some(margin), _) if !(margin >= 0.0 && margin.is_finite()) => {
+                return refuse("margin", "0 <= margin < inf", margin);
+            }
+            (_, Some(temperature)) if !contrastive => {
+                return refuse("temperature", "the loss InfoNCE, or none", temperature);
+            }
+            (_, Some(temperature)) if !(temperature > 0.0 && temperature.is_finite()) => {
+                return refuse("temperature", "0 < temperature < inf", temperature);
+            }
+            _ => {}
+        }
+        if !(self.ratio_weight >= 0.0 && self.ratio_weight.is_finite()) {
+            return refuse("ratio_weight", "0 <= ratio_weight < inf", self.ratio_weight);
+        }
+        if !(self.max_score > 0.0 && self.max_score.is_finite()) {
+            return refuse("max_score", "0 < max_score < inf", self.max_score);
+        }
+        Ok(())
+    }
+}
+
 impl Default for LossOptions {
     fn default() -> Self {
         LossOptions {

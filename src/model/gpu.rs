@@ -373,10 +373,9 @@ fn chunks(
     pairs: Pairs,
     backward: bool,
 ) -> Result<Vec<Chunk>> {
-    let default = if backward { SCRATCH_BACKWARD } else { SCRATCH };
-    // The default of the CPU's kernels is small; a GPU's launches would not fill the device.
-    let own = options.chunk != Options::default().chunk;
-    let budget = if own { options.chunk as i64 } else { default };
+    // What the CPU's kernels do with is small; a GPU's launches would not fill the device.
+    let budget =
+        options.chunk.map_or(if backward { SCRATCH_BACKWARD } else { SCRATCH }, |bytes| bytes as i64);
     let (b, n, c) = features.patches.size3()?;
     let (p, aggregated) = (features.prefix.size()[1], features.logits.size()[2]);
     let size = features.patches.kind().elt_size_in_bytes() as i64;

@@ -41,6 +41,38 @@ pub struct TextFeatures {
     pub lengths: Tensor,
 }
 
+impl ImageFeatures {
+    /// One after the other.
+    pub fn cat(parts: &[ImageFeatures]) -> Result<Self> {
+        let all = |field: fn(&ImageFeatures) -> Option<&Tensor>| -> Result<Option<Tensor>> {
+            let tensors: Vec<&Tensor> = parts.iter().filter_map(field).collect();
+            Ok((!tensors.is_empty()).then(|| Tensor::f_cat(&tensors, 0)).transpose()?)
+        };
+        let some = |field| all(field)?.ok_or_else(|| LapsError::value("cat", "parts", "at least one", 0));
+        Ok(ImageFeatures {
+            patches: some(|part| Some(&part.patches))?,
+            prefix: some(|part| Some(&part.prefix))?,
+            logits: some(|part| Some(&part.logits))?,
+            keep_probability: all(|part| part.keep_probability.as_ref())?,
+        })
+    }
+}
+
+impl TextFeatures {
+    /// One after the other, padded to the longest.
+    pub fn cat(parts: &[TextFeatures]) -> Result<Self> {
+        let Some(longest) = parts.iter().map(|part| part.words.size()[1]).max() else {
+            return Err(LapsError::value("cat", "parts", "at least one", 0));
+        };
+        let padded = |part: &TextFeatures| -> Result<Tensor> {
+            Ok(part.words.f_constant_pad_nd([0, 0, 0, longest - part.words.size()[1]])?)
+        };
+        let words = parts.iter().map(padded).collect::<Result<Vec<_>>>()?;
+        let lengths: Vec<&Tensor> = parts.iter().map(|part| &part.lengths).collect();
+        Ok(TextFeatures { words: Tensor::f_cat(&words, 0)?, lengths: Tensor::f_cat(&lengths, 0)? })
+    }
+}
+
 /// Scores and kept fractions, both (B_v, B_t), or (B,) pair by pair, without gradient.
 #[derive(Debug)]
 pub struct Scores {
@@ -120,10 +152,12 @@ impl LapsHead {
         &self.options
     }
 
-    /// Budget of scratch memory of a call, in bytes. Unless it is set: 24 MiB on the CPU; on a GPU 1 GiB forward and 192 MiB
-    /// backward.
-    pub fn set_chunk(&mut self, bytes: usize) {
-        self.kernel.chunk = bytes;
+    /// Budget of scratch memory of a call, in bytes. None: 24 MiB on the CPU; on a GPU 1 GiB forward and 192 MiB backward.
+    pub fn set_chunk(&mut self, bytes: Option<usize>) -> Result<()> {
+        let kernel = Options { chunk: bytes, ..self.kernel };
+        kernel.check("LapsHead::set_chunk")?;
+        self.kernel = kernel;
+        Ok(())
     }
 
     /// Image tokens (B_v, P + N, C), prefix first, to features.

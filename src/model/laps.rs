@@ -8,14 +8,14 @@ use tch::{Device, Kind, Tensor};
 use super::Result;
 use super::backbone::{Text, TextConfig, Vision, VisionConfig};
 use super::captions::CaptionTokenizer;
-use super::checkpoint::unused;
+use super::checkpoint::{Checkpoint, Half, unused};
 use super::config::LapsConfig;
 use super::files::{read_json, read_tensors, replace_all};
 use super::head::{ImageFeatures, LapsHead, Scores, TextFeatures};
 use super::images::ImageTransform;
 use super::layers::Linear;
 use super::loss::Objective;
-use super::source::{Random, Scope, Stored};
+use super::source::{Adopted, Random, Scope, Stored};
 use crate::error::LapsError;
 
 const CONFIG: &str = "config.json";
@@ -97,6 +97,60 @@ impl Laps {
         Ok(model)
     }
 
+    /// A model around pretrained encoders; projections and head are new, in f32, drawn from torch's default generator.
+    ///
+    /// `config` is [`LapsConfig::new`] of the checkpoints' configurations, with any options changed. Then set `transform`
+    /// to what the image encoder was trained with, and `tokenizer` to that of the text encoder:
+    ///
+    /// ```no_run
+    /// use laps::model::{CaptionTokenizer, Checkpoint, Half, Laps, LapsConfig};
+    ///
+    /// let image = Checkpoint::read("vit-base".as_ref(), Half::Vision, None)?;
+    /// let text = Checkpoint::read("bert-base".as_ref(), Half::Text, None)?;
+    /// let config = LapsConfig::new(image.config.clone(), text.config.clone(), 512)?;
+    /// let mut model = Laps::from_checkpoints(config, image, text, tch::Device::Cpu)?;
+    /// model.tokenizer = Some(CaptionTokenizer::from_file("bert-base/tokenizer.json", 512)?);
+    /// # Ok::<(), laps::LapsError>(())
+    /// ```
+    pub fn from_checkpoints(
+        config: LapsConfig,
+        image: Checkpoint,
+        text: Checkpoint,
+        device: Device,
+    ) -> Result<Self> {
+        let sides =
+            [(&config.image_encoder, &image, Half::Vision), (&config.text_encoder, &text, Half::Text)];
+        for (stated, checkpoint, half) in sides {
+            if checkpoint.half != half {
+                let got = format!("{:?} of {}", checkpoint.half, checkpoint.file);
+                return Err(LapsError::value(
+                    "Laps::from_checkpoints",
+                    "checkpoints",
+                    format!("{half:?}"),
+                    got,
+                ));
+            }
+            if *stated != checkpoint.config {
+                let expected = format!("the configuration of {}", checkpoint.file);
+                return Err(LapsError::value(
+                    "Laps::from_checkpoints",
+                    "config",
+                    expected,
+                    "another encoder's",
+                ));
+            }
+        }
+        let stored = |tensors| Stored::new(tensors, device, Kind::Float);
+        let parts = vec![
+            ("image_encoder.backbone.", stored(image.tensors)),
+            ("text_encoder.backbone.", stored(text.tensors)),
+        ];
+        let mut source = Adopted::new(parts, Random::new(device, Kind::Float));
+        let modules = Modules::new(Scope::root(&mut source), &config)?;
+        let made = source.finish(&[&image.file, &text.file])?;
+        Self::assemble(config, modules, made, device)
+    }
+
     fn assemble(
         config: LapsConfig,
         modules: Modules,
@@ -164,6 +218,11 @@ impl Laps {
         &mut self.modules.head
     }
 
+    /// What [`Laps::loss`] computes from scores; by itself for scores of [`Laps::similarity`], in an evaluation.
+    pub fn objective(&self) -> &Objective {
+        &self.modules.objective
+    }
+
     pub fn device(&self) -> Device {
         self.variables.device()
     }
@@ -199,21 +258,26 @@ impl Laps {
     }
 
     /// Features of image files, without gradient, `batch` at a time.
-    pub fn encode_files<P: AsRef<Path>>(&self, files: &[P], batch: usize) -> Result<Vec<ImageFeatures>> {
-        let parts = files.chunks(batch.max(1)).map(|part| {
+    pub fn encode_files<P: AsRef<Path>>(&self, files: &[P], batch: usize) -> Result<ImageFeatures> {
+        check_batch("encode_files", "files", files.len(), batch)?;
+        let parts = files.chunks(batch).map(|part| {
             let pixels = part.iter().map(|file| self.transform.load(file)).collect::<Result<Vec<_>>>()?;
             tch::no_grad(|| self.encode_image(&Tensor::f_stack(&pixels, 0)?, false))
         });
-        parts.collect()
+        ImageFeatures::cat(&parts.collect::<Result<Vec<_>>>()?)
     }
 
-    /// Features of sentences, without gradient.
-    pub fn encode_captions<S: AsRef<str>>(&self, captions: &[S]) -> Result<TextFeatures> {
+    /// Features of sentences, without gradient, `batch` at a time. Longer ones than [`Laps::max_length`] are cut.
+    pub fn encode_captions<S: AsRef<str>>(&self, captions: &[S], batch: usize) -> Result<TextFeatures> {
+        check_batch("encode_captions", "captions", captions.len(), batch)?;
         let Some(tokenizer) = &self.tokenizer else {
             return Err(LapsError::value("encode_captions", "the model", "a tokenizer.json", "none"));
         };
-        let (ids, lengths) = tokenizer.encode(captions)?;
-        tch::no_grad(|| self.encode_text(&ids, &lengths, false))
+        let parts = captions.chunks(batch).map(|part| {
+            let (ids, lengths) = tokenizer.encode(part)?;
+            tch::no_grad(|| self.encode_text(&ids, &lengths, false))
+        });
+        TextFeatures::cat(&parts.collect::<Result<Vec<_>>>()?)
     }
 
     /// Scores (B_v, B_t) of every image with every caption, without gradient.
@@ -252,6 +316,15 @@ impl Laps {
         // The value of the loss, and the gradient of what is tied to it, whose value is zero.
         Ok(tied.f_add(&loss.f_to_device(tied.device())?)?)
     }
+}
+
+fn check_batch(operation: &'static str, argument: &'static str, count: usize, batch: usize) -> Result<()> {
+    for (argument, size) in [(argument, count), ("batch", batch)] {
+        if size == 0 {
+            return Err(LapsError::value(operation, argument, "at least one", 0));
+        }
+    }
+    Ok(())
 }
 
 fn projected(projection: &Option<Linear>, tokens: Tensor) -> Result<Tensor> {

@@ -5,7 +5,7 @@ use tch::nn::Init;
 use tch::{Device, Kind, Tensor};
 
 use super::Result;
-use super::source::Scope;
+use super::source::{Initial, Scope};
 
 const ZEROS: Init = Init::Const(0.0);
 const ONES: Init = Init::Const(1.0);
@@ -65,13 +65,14 @@ impl LayerNorm {
 #[derive(Debug)]
 pub struct Embedding {
     pub weight: Tensor,
-    /// The row that has no gradient.
+    /// The row that has no gradient, or -1.
     padding: i64,
 }
 
 impl Embedding {
     pub fn new(mut at: Scope<'_>, rows: i64, size: i64, padding: Option<i64>, init: Init) -> Result<Self> {
-        Ok(Embedding { weight: at.tensor("weight", &[rows, size], init)?, padding: padding.unwrap_or(-1) })
+        let initial = Initial::with_zero_row(init, padding);
+        Ok(Embedding { weight: at.tensor("weight", &[rows, size], initial)?, padding: padding.unwrap_or(-1) })
     }
 
     pub fn forward(&self, indices: &Tensor) -> Result<Tensor> {

@@ -26,6 +26,7 @@ pub struct Objective {
 
 impl Objective {
     pub fn new(mut at: Scope<'_>, options: &LossOptions) -> Result<Self> {
+        options.check()?;
         let contrastive = options.name == LossName::InfoNce;
         let log_scale = contrastive
             .then(|| {

@@ -5,10 +5,9 @@
 //! use laps::model::Laps;
 //!
 //! let model = Laps::from_pretrained("out/demo/laps", tch::Device::Cpu)?;
-//! let texts = model.encode_captions(&["a red circle", "a blue square"])?;
-//! for images in model.encode_files(&["photo.jpg"], 8)? {
-//!     model.similarity(&images, &texts)?.print(); // (1, 2)
-//! }
+//! let texts = model.encode_captions(&["a red circle", "a blue square"], 64)?;
+//! let images = model.encode_files(&["photo.jpg"], 8)?;
+//! model.similarity(&images, &texts)?.print(); // (1, 2)
 //! # Ok::<(), laps::LapsError>(())
 //! ```
 //!

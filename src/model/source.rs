@@ -10,10 +10,31 @@ use tch::{Device, Kind, Tensor};
 use super::Result;
 use crate::error::LapsError;
 
+/// The value of a tensor in a new model.
+#[derive(Clone, Copy, Debug)]
+pub struct Initial {
+    init: Init,
+    /// The row of an embedding that is zero.
+    zero_row: Option<i64>,
+}
+
+impl From<Init> for Initial {
+    fn from(init: Init) -> Self {
+        Initial { init, zero_row: None }
+    }
+}
+
+impl Initial {
+    /// But for this row, which is zero.
+    pub fn with_zero_row(init: Init, row: Option<i64>) -> Self {
+        Initial { init, zero_row: row }
+    }
+}
+
 /// Gives a module the tensors that it asks for, in the order in which it asks.
 pub trait Source {
-    /// The tensor of this name and shape; `init` is its value in a new model.
-    fn tensor(&mut self, name: String, shape: &[i64], init: Init) -> Result<Tensor>;
+    /// The tensor of this name and shape; `initial` is its value in a new model.
+    fn tensor(&mut self, name: String, shape: &[i64], initial: Initial) -> Result<Tensor>;
 }
 
 /// A place among the names of a model, such as `encoder.layer.3`.
@@ -34,9 +55,9 @@ impl<'a> Scope<'a> {
         Scope { source: self.source, path }
     }
 
-    pub fn tensor(&mut self, name: &str, shape: &[i64], init: Init) -> Result<Tensor> {
+    pub fn tensor(&mut self, name: &str, shape: &[i64], initial: impl Into<Initial>) -> Result<Tensor> {
         let name = self.join(name);
-        self.source.tensor(name, shape, init)
+        self.source.tensor(name, shape, initial.into())
     }
 
     fn join(&self, name: impl Display) -> String {
@@ -58,8 +79,11 @@ impl Random {
 }
 
 impl Source for Random {
-    fn tensor(&mut self, name: String, shape: &[i64], init: Init) -> Result<Tensor> {
-        let tensor = f_init(init, shape, self.device, self.kind)?;
+    fn tensor(&mut self, name: String, shape: &[i64], initial: Initial) -> Result<Tensor> {
+        let tensor = f_init(initial.init, shape, self.device, self.kind)?;
+        if let Some(row) = initial.zero_row {
+            let _ = tensor.f_select(0, row)?.f_zero_()?;
+        }
         self.made.push((name, tensor.shallow_clone()));
         Ok(tensor)
     }
@@ -72,7 +96,7 @@ pub struct Declared {
 }
 
 impl Source for Declared {
-    fn tensor(&mut self, name: String, shape: &[i64], _: Init) -> Result<Tensor> {
+    fn tensor(&mut self, name: String, shape: &[i64], _: Initial) -> Result<Tensor> {
         self.tensors.push((name, shape.to_vec()));
         Ok(Tensor::f_zeros([0], (Kind::Float, Device::Cpu))?)
     }
@@ -90,7 +114,7 @@ impl<'a> Lent<'a> {
 }
 
 impl Source for Lent<'_> {
-    fn tensor(&mut self, name: String, shape: &[i64], _: Init) -> Result<Tensor> {
+    fn tensor(&mut self, name: String, shape: &[i64], _: Initial) -> Result<Tensor> {
         let Some(tensor) = self.tensors.next() else {
             return Err(LapsError::value("encoder", "parameters", "one for each name", "too few"));
         };
@@ -130,7 +154,7 @@ impl Stored {
 }
 
 impl Source for Stored {
-    fn tensor(&mut self, name: String, shape: &[i64], _: Init) -> Result<Tensor> {
+    fn tensor(&mut self, name: String, shape: &[i64], _: Initial) -> Result<Tensor> {
         let tensor = match self.given.remove(&name) {
             Some(tensor) if tensor.size() == shape => {
                 // Always a copy: parameters must not share the memory of what they were read from.
@@ -144,6 +168,41 @@ impl Source for Stored {
                 self.missing.push(name.clone());
                 Tensor::f_zeros([0], (self.kind, self.device))?
             }
+        };
+        self.made.push((name, tensor.shallow_clone()));
+        Ok(tensor)
+    }
+}
+
+/// Pretrained parts of a model whose other tensors are new. Each part is what lies behind a prefix.
+pub struct Adopted {
+    parts: Vec<(&'static str, Stored)>,
+    rest: Random,
+    /// All tensors, in the order in which they were asked for.
+    pub made: Vec<(String, Tensor)>,
+}
+
+impl Adopted {
+    pub fn new(parts: Vec<(&'static str, Stored)>, rest: Random) -> Self {
+        Adopted { parts, rest, made: Vec::new() }
+    }
+
+    /// The tensors under their names, or [`Stored::finish`]'s error of the first part that does not fit. `files` are the
+    /// parts'.
+    pub fn finish(self, files: &[&str]) -> Result<Vec<(String, Tensor)>> {
+        for ((_, part), file) in self.parts.into_iter().zip(files) {
+            part.finish(file)?;
+        }
+        Ok(self.made)
+    }
+}
+
+impl Source for Adopted {
+    fn tensor(&mut self, name: String, shape: &[i64], initial: Initial) -> Result<Tensor> {
+        let part = self.parts.iter_mut().find_map(|(prefix, part)| Some((name.strip_prefix(*prefix)?, part)));
+        let tensor = match part {
+            Some((own, part)) => part.tensor(own.to_owned(), shape, initial)?,
+            None => self.rest.tensor(name.clone(), shape, initial)?,
         };
         self.made.push((name, tensor.shallow_clone()));
         Ok(tensor)

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use tch::nn::Init;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::Result;
 use super::backbone::{check_heads, check_image, check_layers, check_size};
@@ -131,7 +131,7 @@ impl Swin {
             .then(|| at_embeddings.tensor("position_embeddings", &[1, grid * grid, d], Init::Const(0.0)))
             .transpose()?;
         let patch_norm = LayerNorm::new(at_embeddings.sub("norm"), d, EPSILON)?;
-        let bias_rows = relative_positions(config.window_size).f_to_device(patches.device())?;
+        let bias_rows = relative_positions(config.window_size, patches.device())?;
         Ok(Swin {
             patches,
             patch_size: config.patch_size,
@@ -301,10 +301,7 @@ impl Block {
     /// A places in a window.
     fn mask(&self, windows: &Windows, batch: i64) -> Result<Tensor> {
         let area = self.window * self.window;
-        let bias = self
-            .bias
-            .f_index_select(0, &self.bias_rows.f_to_device(self.bias.device())?)?
-            .f_view([area, area, -1])?;
+        let bias = self.bias.f_index_select(0, &self.bias_rows)?.f_view([area, area, -1])?;
         let bias = bias.f_permute([2, 0, 1])?.f_unsqueeze(0)?;
         if windows.shift == 0 {
             return Ok(bias);
@@ -370,12 +367,16 @@ impl Windows {
 }
 
 /// For places i and j of a window, the row of the bias table for how i lies to j; flat, i first.
-fn relative_positions(window: i64) -> Tensor {
-    let area = window * window;
-    let row = |i: i64, j: i64| {
-        let down = i / window - j / window + window - 1;
-        down * (2 * window - 1) + i % window - j % window + window - 1
-    };
-    let rows: Vec<i64> = (0..area * area).map(|p| row(p / area, p % area)).collect();
-    Tensor::from_slice(&rows)
+fn relative_positions(window: i64, device: Device) -> Result<Tensor> {
+    // On the device: a copy from here would wait for all that a GPU still has to do.
+    let place = Tensor::f_arange(window * window, (Kind::Int64, device))?;
+    let across = place.f_remainder(window)?;
+    // Neighbouring rows of the window lie 2 window - 1 apart, so that no two ways share a number.
+    let number = place
+        .f_sub(&across)?
+        .f_div_scalar_mode(window, "floor")?
+        .f_mul_scalar(2 * window - 1)?
+        .f_add(&across)?;
+    let ways = number.f_unsqueeze(1)?.f_sub(&number.f_unsqueeze(0)?)?;
+    Ok(ways.f_add_scalar((window - 1) * 2 * window)?.f_flatten(0, 1)?)
 }

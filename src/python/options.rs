@@ -73,7 +73,7 @@ impl SimilarityOptions {
             score: self::score(score)?,
             sampling,
             temperature,
-            chunk: chunk.map_or(Options::default().chunk, |bytes| usize::try_from(bytes).unwrap_or(0)),
+            chunk: chunk.map(|bytes| usize::try_from(bytes).unwrap_or(0)),
         };
         core.check(OPERATION)?;
         let prefix_rows = usize::try_from(num_prefix_tokens)

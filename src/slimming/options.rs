@@ -59,8 +59,8 @@ pub struct Options {
     pub sampling: Sampling,
     /// tau of the Gumbel-softmax.
     pub temperature: f64,
-    /// Budget of scratch memory in bytes; one text, and one image per thread, are always held.
-    pub chunk: usize,
+    /// Budget of scratch memory in bytes; one text, and one image per thread, are always held. None: 24 MiB.
+    pub chunk: Option<usize>,
 }
 
 impl Default for Options {
@@ -76,7 +76,7 @@ impl Default for Options {
             score: Score::Cosine,
             sampling: Sampling::Gumbel,
             temperature: 1.0,
-            chunk: 24 << 20,
+            chunk: None,
         }
     }
 }
@@ -95,7 +95,7 @@ impl Options {
         check((0.0..=1.0).contains(&beta), "attention_weight", "0 <= attention_weight <= 1", beta)?;
         let tau = self.temperature;
         check(tau > 0.0 && tau.is_finite(), "temperature", "0 < temperature < inf", tau)?;
-        check(self.chunk > 0, "chunk", "at least 1 byte", self.chunk as f64)
+        check(self.chunk != Some(0), "chunk", "at least 1 byte", 0.0)
     }
 
     /// k, the number of patches kept of `patches`.

@@ -55,6 +55,9 @@ impl<T: Real> PairScratch<T> {
     }
 }
 
+/// Bytes of scratch memory, unless a call sets them.
+const CHUNK: usize = 24 << 20;
+
 /// How a call is cut into blocks that fit its memory budget.
 pub(crate) struct Blocks {
     pub lengths: Lengths,
@@ -69,8 +72,9 @@ impl Blocks {
         pairs: Pairs,
         longest: usize,
         pair_bytes: Option<usize>,
-        chunk: usize,
+        chunk: Option<usize>,
     ) -> Self {
+        let chunk = chunk.unwrap_or(CHUNK);
         let lengths = Lengths::for_texts_per_image(sizes.columns(pairs));
         let row = padded::<T>(sizes.channels) * size_of::<T>();
         // The words, in the backward pass their gradients too, and the direction twice.

@@ -6,6 +6,9 @@ use std::process::Command;
 use laps::model::Batch;
 use tch::{Kind, Tensor};
 
+/// What tests/_rust_models.py makes.
+pub const MODELS: [&str; 8] = ["vit", "swin", "clip", "paper", "all patches", "image", "dot", "top-k"];
+
 pub fn python() -> Command {
     let mut command = Command::new(if cfg!(windows) { "python" } else { "python3" });
     command.env("OMP_NUM_THREADS", "1").env("HF_HUB_OFFLINE", "1");

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
-from ..errors import LapsValueError
+from ..errors import LapsError, LapsValueError
 from . import implementations
 from .backbone import prepare
 
@@ -34,7 +34,8 @@ class ImageEncoder(nn.Module):
 
     Raises:
         LapsValueError: `num_prefix_tokens` or `image_size` is not stated and not known, or the backbone
-            returns no tokens (B, T > P, D). LapsTypeError: an argument of the wrong type.
+            takes no images of that size, or returns no tokens (B, T > P, D). LapsTypeError: an argument of
+            the wrong type.
 
     Example:
         >>> import laps, torch
@@ -89,7 +90,8 @@ class ImageEncoder(nn.Module):
             source: the folder or the id.
             embed_dim: as in the constructor, and so are the next two.
             num_prefix_tokens: P.
-            image_size: S in pixels. Native ViT and CLIP take any: their position embeddings are interpolated.
+            image_size: S in pixels, if it is not the checkpoint's. Native ViT and CLIP take any: their
+                position embeddings are interpolated. Models of transformers mostly take their own alone.
             encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`laps.LAPS.from_pretrained`.
 
         Raises:
@@ -142,8 +144,22 @@ class ImageEncoder(nn.Module):
             1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype
         )
         training = self.backbone.training
-        tokens = self._tokens_of(self.backbone.eval(), pixels)
-        self.backbone.train(training)
+        try:
+            tokens = self._tokens_of(self.backbone.eval(), pixels)
+        except LapsError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise LapsValueError(
+                _check.message(
+                    "ImageEncoder",
+                    f"backbone takes no images of {self.image_size} x {self.image_size}",
+                    "the image_size that it was made for",
+                    reason,
+                )
+            ) from error
+        finally:
+            self.backbone.train(training)
         if tokens.shape[1] <= self.num_prefix_tokens:
             raise LapsValueError(
                 _check.message(

@@ -12,11 +12,11 @@ from .. import _check
 
 __all__ = ["IMPLEMENTATIONS", "build", "load", "restore"]
 
-# "auto" is the native one where it is installed and knows the model, else that of transformers.
+# "auto" is the native one where it is installed and can build the model, else that of transformers.
 IMPLEMENTATIONS = ("hf", "native", "auto")
 
 
-def _is_native(encoders: str, model_type: object) -> bool:
+def _is_native(encoders: str, config: Mapping[str, Any]) -> bool:
     _check.choice("encoders", "encoders", encoders, IMPLEMENTATIONS)
     if encoders != "auto":
         return encoders == "native"
@@ -24,7 +24,7 @@ def _is_native(encoders: str, model_type: object) -> bool:
         from . import native
     except ImportError:
         return False
-    return model_type in native.KNOWN
+    return native.builds(config)
 
 
 def build(config: Mapping[str, Any], encoders: str) -> nn.Module:
@@ -34,7 +34,7 @@ def build(config: Mapping[str, Any], encoders: str) -> nn.Module:
         LapsValueError: a senseless configuration. ImportError: no native encoders here, where they are asked
             for.
     """
-    if _is_native(encoders, config.get("model_type")):
+    if _is_native(encoders, config):
         from . import native
 
         return native.NativeBackbone(config)
@@ -52,7 +52,7 @@ def restore(config: Mapping[str, Any], encoders: str, state: Mapping[str, Tensor
     Raises:
         LapsValueError, ImportError: as `build`.
     """
-    if _is_native(encoders, config.get("model_type")):
+    if _is_native(encoders, config):
         from . import native
 
         return native.NativeBackbone(config, random=False), True
@@ -75,7 +75,7 @@ def load(source: str | Path, part: str, encoders: str, image_size: int | None = 
         LapsValueError: no checkpoint there, one of another kind of model, or weights are missing from it (it
             names them). ImportError: as `build`.
     """
-    if encoders != "hf" and _is_native(encoders, _model_type(source, part)):
+    if encoders != "hf" and _is_native(encoders, _config(source, part)):
         from . import native
 
         return native.load(source, part, image_size=image_size)
@@ -85,13 +85,15 @@ def load(source: str | Path, part: str, encoders: str, image_size: int | None = 
     return backbone
 
 
-def _model_type(source: str | Path, part: str) -> object:
-    """The `model_type` of a checkpoint, or of its half."""
+def _config(source: str | Path, part: str) -> Mapping[str, Any]:
+    """The configuration of a checkpoint, or of its half."""
     from .._hub import find_folder
     from .._json_files import read_object
 
     operation = f"{part} encoder"
     folder = find_folder(operation, source, ["config.json"])
     config = read_object(operation, folder / "config.json", "the config.json of a checkpoint")
-    nested = config.get(f"{part}_config", config)
-    return nested.get("model_type", f"clip_{part}_model") if isinstance(nested, dict) else None
+    nested = config.get(f"{part}_config")
+    if nested is None:
+        return config
+    return {"model_type": f"clip_{part}_model", **nested} if isinstance(nested, dict) else {}

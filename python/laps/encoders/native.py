@@ -11,7 +11,8 @@ torch; nothing else of laps needs it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ..errors import LapsValueError
 from .backbone import UNKEPT, DescribedBackbone, Description
 from .keys import check_weights
 
-__all__ = ["KNOWN", "NativeBackbone", "load"]
+__all__ = ["KNOWN", "NativeBackbone", "builds", "load"]
 
 INSTALL = "`make native` in a clone, or the wheel that `make wheel` builds"
 
@@ -98,28 +99,19 @@ class NativeBackbone(DescribedBackbone):
     def __init__(self, config: Mapping[str, Any], *, random: bool = True) -> None:
         super().__init__()
         values = {name: value for name, value in config.items() if name not in UNKEPT}
-        kind = values.get("model_type")
-        if kind not in KNOWN:
-            raise LapsValueError(
-                _check.message(
-                    "NativeBackbone",
-                    "model_type is not one of the native encoders",
-                    ", ".join(KNOWN),
-                    repr(kind),
-                )
-            )
-        self._encoder = _native.Encoder(KNOWN[kind], json.dumps(values))
+        self._encoder = _encoder(values)
+        kind = KNOWN[values["model_type"]]
         if random:
             tensors = self._encoder.random()
         else:
             tensors = [(name, torch.empty(shape)) for name, shape in self._encoder.parameters()]
         for name, tensor in tensors:
             _register(self, name, tensor)
-        # By name and not by module: a module may be replaced, and a parameter become computed.
-        self._names = [name.rpartition(".")[::2] for name, _ in tensors]
+        self._places = _places([name for name, _ in tensors])
+        self._count = len(tensors)
         self.description = Description(
             values,
-            inputs="pixel_values" if KNOWN[kind] == "vision" else "input_ids",
+            inputs="pixel_values" if kind == "vision" else "input_ids",
             num_prefix_tokens=self._encoder.num_prefix_tokens,
             image_size=self._encoder.image_size,
             max_length=self._encoder.max_length,
@@ -135,27 +127,86 @@ class NativeBackbone(DescribedBackbone):
     ) -> Tensor:
         """Pixels (B, 3, S, S) to tokens (B, P + N, D), or ids and mask (B, L) to tokens (B, L, D).
 
-        The mask, 1 for tokens and 0 for padding, must have its ones first; None is all ones. Rows of padding
-        are undefined.
+        The mask is 1 for tokens and 0 for padding, None for no padding; rows of padding are undefined. CLIP's
+        tokens look back only, so that its padding must be at the end (which is checked on the CPU).
 
         Raises:
-            LapsValueError: the input of the other kind of encoder.
+            LapsValueError: the input of the other kind of encoder, or CLIP's padding elsewhere.
         """
-        parameters = [getattr(self.get_submodule(path), name) for path, name in self._names]
+        parameters: list[Any] = [None] * self._count
+        _collect(self, self._places, parameters)
         given = pixel_values if self.description.inputs == "pixel_values" else input_ids
         if given is None:
             raise LapsValueError(
                 _check.message("NativeBackbone", f"{self.description.inputs} is missing", "a tensor")
             )
-        lengths = None
-        if input_ids is not None:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            lengths = mask.sum(1)
-        tokens: Tensor = self._encoder.forward(parameters, given, lengths, self.training)
+        mask = None if attention_mask is None else attention_mask.bool()
+        looks_back = self.description.config["model_type"] == "clip_text_model"
+        if mask is not None and looks_back and not mask.is_cuda and bool((mask[:, 1:] > mask[:, :-1]).any()):
+            raise LapsValueError(
+                _check.message("NativeBackbone", "attention_mask is not of CLIP's kind", "its ones first")
+            )
+        tokens: Tensor = self._encoder.forward(parameters, given, mask, self.training)
         return tokens
 
     def extra_repr(self) -> str:
         return f"model_type={self.description.config['model_type']!r}"
+
+
+def _encoder(values: Mapping[str, Any]) -> Any:
+    kind = values.get("model_type")
+    if kind not in KNOWN:
+        raise LapsValueError(
+            _check.message(
+                "NativeBackbone",
+                "model_type is not one of the native encoders",
+                ", ".join(KNOWN),
+                repr(kind),
+            )
+        )
+    return _native.Encoder(KNOWN[kind], json.dumps(values))
+
+
+def builds(config: Mapping[str, Any]) -> bool:
+    """Whether there is a native encoder for this configuration."""
+    try:
+        _encoder({name: value for name, value in config.items() if name not in UNKEPT})
+    except (LapsValueError, TypeError):
+        # Of another family, of values that only transformers has, or none that JSON could hold.
+        return False
+    return True
+
+
+@dataclass
+class _Places:
+    """Where a module and those below it keep the parameters, by their numbers."""
+
+    own: list[tuple[str, int]] = field(default_factory=list)
+    below: dict[str, _Places] = field(default_factory=dict)
+
+
+def _places(names: Sequence[str]) -> _Places:
+    root = _Places()
+    for number, path in enumerate(names):
+        *parents, name = path.split(".")
+        place = root
+        for parent in parents:
+            place = place.below.setdefault(parent, _Places())
+        place.own.append((name, number))
+    return root
+
+
+def _collect(module: nn.Module, places: _Places, parameters: list[Any]) -> None:
+    """Fill in the parameters as they are now: a module may have been replaced, a parameter become computed.
+
+    A few hundred look-ups come with every call, so they bypass what makes `getattr` of a module slow.
+    """
+    for name, number in places.own:
+        parameter = module._parameters.get(name)
+        parameters[number] = getattr(module, name) if parameter is None else parameter
+    for name, below in places.below.items():
+        child = module._modules.get(name)
+        _collect(getattr(module, name) if child is None else child, below, parameters)
 
 
 def _register(module: nn.Module, path: str, tensor: Tensor) -> None:
