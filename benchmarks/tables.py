@@ -292,8 +292,8 @@ def encoders_table(result: Result) -> str:
         for part in ("forward_s", "step_s"):
             hf, native = entry[part]["hf"], entry[part]["native"]
             rates = " / ".join(f"{entry['batch'] / seconds:.3g}" for seconds in (hf, native))
-            row += [milliseconds(hf), milliseconds(native), times(hf / native), rates]
-        rows.append([*row, f"{entry['largest_difference']:.0e}"])
+            row += [milliseconds(hf), milliseconds(native), f"{hf / native:.2f}x", rates]
+        rows.append([*row, f"{entry['largest_difference']:.1g}"])
     low, high = result["settings"]["words"]
     header = (
         "encoder",

@@ -153,6 +153,21 @@ def test_training_benchmark_writes_what_its_table_is_made_from(tmp_path: Path) -
     assert "two small encoders (random weights), batch 4" in tables.training_table(result)
 
 
+@pytest.mark.usefixtures("one_thread")
+def test_encoder_benchmark_writes_what_its_table_is_made_from(tmp_path: Path) -> None:
+    try:
+        from benchmarks import encoders
+    except ImportError:
+        pytest.skip("laps-rs-native is not installed for this torch")
+    file = tmp_path / "encoders.json"
+    assert encoders.main(["--quick", "--repetitions", "1", "--threads", "1", "--output", str(file)]) == 0
+    result = json.loads(file.read_text())
+    for title, entry in result["encoders"].items():
+        assert entry["largest_difference"] < 1e-5, title
+        assert entry["step_s"].keys() == set(encoders.FORMS)
+    assert "| BERT-base | 2 |" in tables.encoders_table(result)
+
+
 def test_readme_tables_are_made_from_the_results(tmp_path: Path) -> None:
     form = {"forward": {"median_s": 2.0}, "step": {"median_s": 4.0}, "step_bytes": 3_000_000_000}
     ours = {"forward": {"median_s": 0.1}, "step": {"median_s": 0.32}, "step_bytes": 60_000_000}
