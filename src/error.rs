@@ -117,6 +117,11 @@ impl From<tch::TchError> for LapsError {
     fn from(error: tch::TchError) -> Self {
         // torch appends its C++ stack to the first line.
         let text = error.to_string();
-        LapsError::Torch(text.lines().next().unwrap_or_default().to_owned())
+        let first = text.lines().next().unwrap_or_default();
+        // What comes from Python (a hook, a dispatch mode, torch.utils.checkpoint) passes through libtorch without its words.
+        let lost = first.trim_end().ends_with("Internal torch error:");
+        let reason =
+            if lost { "an exception in Python code that torch has called, such as a hook" } else { "" };
+        LapsError::Torch(format!("{first}{reason}"))
     }
 }

@@ -17,8 +17,16 @@ impl From<LapsError> for PyErr {
             #[cfg(feature = "torch")]
             LapsError::Torch(_) => "LapsError",
         };
+        #[cfg(feature = "torch")]
+        let torch = matches!(error, LapsError::Torch(_));
         let message = error.to_string();
         Python::attach(|py| {
+            // A hook that torch called may have raised: its exception comes back out of libtorch without words, but it is
+            // still pending, and is what the caller has to see.
+            #[cfg(feature = "torch")]
+            if let Some(raised) = torch.then(|| PyErr::take(py)).flatten() {
+                return raised;
+            }
             let class = py.import("laps.errors").and_then(|errors| errors.getattr(name));
             match class.and_then(|class| class.call1((&message,))) {
                 Ok(exception) => PyErr::from_value(exception),

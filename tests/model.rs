@@ -8,16 +8,16 @@ mod common;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use common::{MODELS, batch, difference, named, python, run, scratch};
 use laps::LapsError;
 use laps::model::{
-    BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, Half, ImageFeatures, Laps, LapsConfig, LossName,
-    LossOptions, TextFeatures,
+    BACKBONE_GROUP, Batch, CaptionTokenizer, Checkpoint, DirectionReduction, Half, ImageFeatures,
+    ImageTransform, Interpolation, Laps, LapsConfig, LossName, LossOptions, TextFeatures,
 };
 use tch::nn::{OptimizerConfig, Sgd};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 /// The folder with the models, made once for all tests of this process.
 fn models() -> &'static Path {
@@ -27,6 +27,12 @@ fn models() -> &'static Path {
         run(python().arg("tests/_rust_models.py").arg(&folder));
         folder
     })
+}
+
+/// Whoever draws holds this: all tests share torch's generator, and one of them needs its numbers in order.
+fn drawing() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn scores(model: &Laps, batch: &Batch) -> Tensor {
@@ -64,6 +70,7 @@ fn pair_by_pair_is_the_diagonal() {
 
 #[test]
 fn two_steps_of_training_give_the_weights_that_python_has_then() {
+    let _alone = drawing();
     for name in MODELS {
         let folder = models().join(name);
         let (mut model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
@@ -145,10 +152,107 @@ fn captions_and_images_become_what_python_makes_of_them() {
     let pixels = model.transform.load(&image).unwrap();
     assert_eq!(model.encode_captions(&captions, 2).unwrap().lengths, expected("lengths"));
     assert_eq!(model.encode_files(&[&image, &image, &image], 2).unwrap().patches.size()[0], 3);
-    // One of 255 steps, over the smallest standard deviation.
-    // One of compositing, one of resizing.
+    // Steps of 255, by the smallest standard deviation: one of compositing, one of resizing.
     let steps = difference(&pixels, &expected("pixels")) * 255.0 * 0.224;
     assert!(steps < 2.01, "{steps} of 255");
+}
+
+#[test]
+fn hard_edges_are_resized_as_pillow_does() {
+    let (source, folder) = (models().join("vit"), scratch("edges"));
+    let code = "import sys, numpy, PIL.Image, laps; from safetensors.torch import save_file; \
+                random = numpy.random.default_rng(0); out = sys.argv[2] + '/'; \
+                images = {f'{w}x{h}': random.integers(0, 2, (h, w, 3)).astype('u1') * 255 \
+                          for w, h in [(50, 40), (90, 200), (2, 3), (32, 70), (31, 33)]}; \
+                [PIL.Image.fromarray(p).save(f'{out}{n}.png') for n, p in images.items()]; \
+                transform = laps.LAPS.from_pretrained(sys.argv[1]).transform.eval(); \
+                save_file({n: transform(laps.data.open_image(f'{out}{n}.png')).contiguous() for n in images}, \
+                          out + 'expected.safetensors')";
+    run(python().args(["-c", code]).args([&source, &folder]));
+    let (expected, model) =
+        (named(folder.join("expected.safetensors")), Laps::from_pretrained(&source, Device::Cpu).unwrap());
+    for name in ["50x40", "90x200", "2x3", "32x70", "31x33"] {
+        let pixels = model.transform.load(folder.join(format!("{name}.png"))).unwrap();
+        let steps = difference(&pixels, &expected(name)) * 255.0 * 0.229;
+        assert!(steps < 2.01, "{name}: {steps} of 255");
+    }
+}
+
+#[test]
+fn a_transform_is_read_from_what_lies_with_an_encoder() {
+    let folder = scratch("preprocessor");
+    let code = "import sys; from transformers import CLIPImageProcessor as C, ViTImageProcessor as V; \
+                V().save_pretrained(sys.argv[1] + '/vit'); C().save_pretrained(sys.argv[1] + '/clip')";
+    run(python().args(["-W", "ignore", "-c", code]).arg(&folder));
+    let read =
+        |name: &str| ImageTransform::from_preprocessor(folder.join(name).join("preprocessor_config.json"));
+    let vit = read("vit").unwrap();
+    assert_eq!((vit.image_size, vit.mean, vit.std), (224, [0.5; 3], [0.5; 3]));
+    assert_eq!(vit.interpolation, Interpolation::Bilinear);
+    let clip = read("clip").unwrap();
+    assert_eq!(clip.interpolation, Interpolation::Bicubic);
+    assert!((clip.mean[0] - 0.4814).abs() < 1e-3);
+    std::fs::write(folder.join("vit/preprocessor_config.json"), r#"{"size": {"height": 224, "width": 192}}"#)
+        .unwrap();
+    assert!(read("vit").unwrap_err().to_string().contains("not a square"));
+}
+
+#[test]
+fn what_python_would_refuse_is_neither_built_nor_saved() {
+    let _alone = drawing();
+    let source = models().join("vit");
+    let load = || Laps::from_pretrained(&source, Device::Cpu).unwrap();
+    let refused = |error: LapsError, wanted: &str| assert!(error.to_string().contains(wanted), "{error}");
+    for (name, value) in
+        [("aggregation_ratio", 1.5), ("aggregation_ratio", f64::NAN), ("selection_ratio", 0.0)]
+    {
+        let mut config = load().config().clone();
+        if name == "selection_ratio" {
+            config.head_options.selection_ratio = value;
+        } else {
+            config.head_options.aggregation_ratio = value;
+        }
+        refused(Laps::new(config, Device::Cpu).unwrap_err(), name);
+    }
+    let mut config = load().config().clone();
+    config.image_encoder["num_channels"] = 1.into();
+    refused(Laps::new(config, Device::Cpu).unwrap_err(), "num_channels");
+    let folder = scratch("unsaved");
+    let saves = |change: fn(&mut ImageTransform), wanted: &str| {
+        let mut model = load();
+        change(&mut model.transform);
+        refused(model.save_pretrained(&folder).unwrap_err(), wanted);
+        refused(model.encode_files(&["photo.png"], 1).unwrap_err(), wanted);
+    };
+    saves(|transform| transform.image_size = 64, "image_size");
+    saves(|transform| transform.image_size = 0, "image_size");
+    saves(|transform| transform.mean[1] = f64::NAN, "mean");
+    saves(|transform| transform.std[1] = 0.0, "std");
+    saves(|transform| transform.flip = 7.0, "flip");
+    saves(|transform| transform.crop_scale = Some([5.0, -1.0]), "crop_scale");
+    let mut small = load().config().clone();
+    small.text_encoder["vocab_size"] = 10.into();
+    let mut model = Laps::new(small, Device::Cpu).unwrap();
+    model.tokenizer = load().tokenizer;
+    refused(model.save_pretrained(&folder).unwrap_err(), "tokenizer");
+    refused(model.encode_captions(&["a"], 1).unwrap_err(), "tokenizer");
+    assert!(std::fs::read_dir(&folder).unwrap().next().is_none(), "nothing was written");
+}
+
+#[test]
+fn the_bound_of_the_scores_follows_the_head() {
+    let _alone = drawing();
+    let mut config = Laps::from_pretrained(models().join("vit"), Device::Cpu).unwrap().config().clone();
+    config.loss = LossOptions { name: LossName::Triplet, ..LossOptions::default() };
+    let bound = |config: &LapsConfig| {
+        let model = Laps::new(config.clone(), Device::Cpu).unwrap();
+        model.config().loss.max_score.unwrap()
+    };
+    assert_eq!(bound(&config), 2.0);
+    config.head_options.direction_reduction = DirectionReduction::Mean;
+    assert_eq!(bound(&config), 1.0);
+    config.loss.max_score = Some(1.5);
+    assert_eq!(bound(&config), 1.5);
 }
 
 /// Runs an example that cargo has built beside the tests.
@@ -179,7 +283,7 @@ fn the_examples_run() {
 fn what_does_not_fit_is_an_error_that_names_it() {
     let (source, folder) = (models().join("vit"), scratch("broken"));
     let fails = |wanted: &[&str]| {
-        let error = Laps::from_pretrained(&folder, Device::Cpu).err().expect("an error").to_string();
+        let error = Laps::from_pretrained(&folder, Device::Cpu).expect_err("an error").to_string();
         assert!(wanted.iter().all(|part| error.contains(part)), "{error}");
     };
     fails(&["config.json", "does not exist"]);
@@ -209,7 +313,7 @@ fn wrong_shapes_are_errors_and_no_panics() {
     let folder = models().join("vit");
     let (model, batch) = (Laps::from_pretrained(&folder, Device::Cpu).unwrap(), batch(&folder));
     let error = model.encode_image(&batch.pixels.narrow(2, 0, 16), false).unwrap_err().to_string();
-    assert!(error.contains("expected (B_v, 3, 32, 32)"), "{error}");
+    assert!(error.contains("expected (B_v >= 1, 3, 32, 32)"), "{error}");
     let error = model.encode_text(&batch.ids, &batch.lengths.narrow(0, 0, 2), false).unwrap_err();
     assert!(matches!(error, LapsError::Shape { .. }), "{error}");
     let images = model.encode_image(&batch.pixels, false).unwrap();
@@ -217,18 +321,51 @@ fn wrong_shapes_are_errors_and_no_panics() {
     texts.words = texts.words.select(1, 0);
     let error = model.similarity(&images, &texts).unwrap_err().to_string();
     assert!(error.contains("rank 3"), "{error}");
-    // An id that the vocabulary does not have: torch's own words.
-    let error = model.encode_text(&(&batch.ids + 1_000_000), &batch.lengths, false).unwrap_err();
-    assert!(matches!(error, LapsError::Torch(_)), "{error}");
+    let text =
+        |ids: &Tensor, lengths: &Tensor| model.encode_text(ids, lengths, false).unwrap_err().to_string();
+    assert!(text(&(&batch.ids + 1_000_000), &batch.lengths).contains("ids is out of range"));
+    assert!(text(&batch.ids, &batch.lengths.zeros_like()).contains("lengths is out of range"));
+    assert!(text(&batch.ids, &batch.lengths.to_kind(Kind::Float)).contains("lengths has the wrong type"));
+    let error = model.encode_image(&batch.pixels.to_kind(Kind::Int64), false).unwrap_err();
+    assert!(matches!(error, LapsError::Type { .. }), "{error}");
+    assert!(model.encode_image(&batch.pixels.narrow(0, 0, 0), false).is_err());
+    let short = Batch { pixels: batch.pixels.narrow(0, 0, 3), ..clone(&batch) };
+    let error = model.loss(&short, None).unwrap_err().to_string();
+    assert!(error.contains("has shape [3, 4, 4, 4]"), "{error}");
+    let loss =
+        |scores: &Tensor, ids: &Tensor, warmup| model.objective().loss(scores, ids, warmup, None).is_err();
+    let (scores, ids) = (Tensor::zeros([4, 4], (Kind::Float, Device::Cpu)), &batch.images);
+    assert!(!loss(&scores, ids, Some(1.0)));
+    assert!(loss(&scores, ids, Some(-1.0)) && loss(&scores, ids, Some(f64::NAN)));
+    assert!(loss(&scores.to_kind(Kind::Int64), ids, None) && loss(&scores, &ids.to_kind(Kind::Float), None));
+    assert!(loss(&scores.narrow(0, 0, 0).narrow(1, 0, 0), &ids.narrow(0, 0, 0), None));
+    // Features that another head made.
+    for other in ["swin", "paper", "image"] {
+        let model = Laps::from_pretrained(models().join(other), Device::Cpu).unwrap();
+        let texts = model.encode_text(&batch.ids, &batch.lengths, false).unwrap();
+        let result = model.similarity(&images, &texts);
+        assert_eq!(result.is_ok(), other == "image", "{other}");
+    }
+    assert!(
+        TextFeatures::cat(&[TextFeatures { words: ids.shallow_clone(), lengths: ids.shallow_clone() }])
+            .is_err()
+    );
+}
+
+fn clone(batch: &Batch) -> Batch {
+    let Batch { pixels, ids, lengths, images } = batch;
+    let same = |tensor: &Tensor| tensor.shallow_clone();
+    Batch { pixels: same(pixels), ids: same(ids), lengths: same(lengths), images: same(images) }
 }
 
 #[test]
 fn pretrained_encoders_become_a_model() {
+    let _alone = drawing();
     let folder = scratch("pretrained");
     let code = "import sys; from pathlib import Path; from _models import *; out = Path(sys.argv[1]); \
                 vision_model('vit').save_pretrained(out / 'vit'); text_model('bert').save_pretrained(out / 'bert')";
     run(python().args(["-c", code]).arg(&folder).env("PYTHONPATH", "tests"));
-    let read = |name: &str, half| Checkpoint::read(&folder.join(name), half, None).unwrap();
+    let read = |name: &str, half| Checkpoint::read(folder.join(name), half, None).unwrap();
     let (image, text) = (|| read("vit", Half::Vision), || read("bert", Half::Text));
     let config = LapsConfig::new(image().config, text().config, 24).unwrap();
     let model = Laps::from_checkpoints(config.clone(), image(), text(), Device::Cpu).unwrap();
@@ -245,7 +382,7 @@ fn pretrained_encoders_become_a_model() {
     run(python().args(["-c", "import sys, laps; laps.LAPS.from_pretrained(sys.argv[1])"]).arg(&saved));
 
     let fails = |config: &LapsConfig, image, text, wanted: &str| {
-        let error = Laps::from_checkpoints(config.clone(), image, text, Device::Cpu).err().expect("an error");
+        let error = Laps::from_checkpoints(config.clone(), image, text, Device::Cpu).expect_err("an error");
         assert!(error.to_string().contains(wanted), "{error}");
     };
     fails(&config, text(), text(), "expected Vision, got Text");
@@ -259,6 +396,7 @@ fn pretrained_encoders_become_a_model() {
 
 #[test]
 fn losses_outside_their_ranges_are_refused() {
+    let _alone = drawing();
     let config = Laps::from_pretrained(models().join("vit"), Device::Cpu).unwrap().config().clone();
     let hinge = LossOptions::default();
     let contrastive = LossOptions { name: LossName::InfoNce, ..LossOptions::default() };
@@ -268,11 +406,11 @@ fn losses_outside_their_ranges_are_refused() {
         ("temperature", LossOptions { temperature: Some(0.07), ..hinge.clone() }),
         ("temperature", LossOptions { temperature: Some(0.0), ..contrastive }),
         ("ratio_weight", LossOptions { ratio_weight: f64::NAN, ..hinge.clone() }),
-        ("max_score", LossOptions { max_score: 0.0, ..hinge }),
+        ("max_score", LossOptions { max_score: Some(0.0), ..hinge }),
     ] {
         let mut config = config.clone();
         config.loss = loss;
-        let error = Laps::new(config, Device::Cpu).err().expect("an error").to_string();
+        let error = Laps::new(config, Device::Cpu).expect_err("an error").to_string();
         assert!(error.contains(argument), "{argument}: {error}");
     }
 }
@@ -336,6 +474,7 @@ fn a_loss_without_gradient_is_still_a_loss() {
 
 #[test]
 fn a_model_born_here_is_read_by_python() {
+    let _alone = drawing();
     let source = models().join("vit");
     let trained = Laps::from_pretrained(&source, Device::Cpu).unwrap();
     let model = Laps::new(trained.config().clone(), Device::Cpu).unwrap();
@@ -370,7 +509,7 @@ save_file(result, out / "expected.safetensors")
     let expected = named(folder.join("expected.safetensors"));
     for family in ["vit", "clip", "swin"] {
         assert_eq!(folder.join(family).join("model.safetensors.index.json").exists(), family != "swin");
-        let checkpoint = Checkpoint::read(&folder.join(family), Half::Vision, Some(48)).unwrap();
+        let checkpoint = Checkpoint::read(folder.join(family), Half::Vision, Some(48)).unwrap();
         let (config, vision) = checkpoint.vision().unwrap();
         assert_eq!(config.image_size(), 48);
         let tokens = vision.forward(&expected("pixels"), false).unwrap();
@@ -381,6 +520,6 @@ save_file(result, out / "expected.safetensors")
         r#"{"weight_map": {"a": "../x"}}"#,
     )
     .unwrap();
-    let error = Checkpoint::read(&folder.join("vit"), Half::Vision, None).unwrap_err().to_string();
+    let error = Checkpoint::read(folder.join("vit"), Half::Vision, None).unwrap_err().to_string();
     assert!(error.contains("weight_map"), "{error}");
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -328,10 +329,16 @@ def test_parameters_are_ordinary_ones(tmp_path: Path) -> None:
     # Parameters that were replaced, and not changed in place.
     backbone.layernorm.weight = torch.nn.Parameter(torch.zeros_like(backbone.layernorm.weight))
     assert not torch.equal(backbone(pixels), tokens)
+    plain = backbone.layernorm
+    plain.weight = torch.nn.Parameter(torch.full_like(plain.weight, 2.0))
+    torch.nn.utils.parametrizations.weight_norm(plain)
+    normed = backbone(pixels)
+    assert not torch.equal(normed, tokens)
     backbone.layernorm = torch.nn.LayerNorm(32, eps=1e-12)
-    replaced = backbone(pixels)
-    torch.nn.utils.parametrizations.weight_norm(backbone.layernorm)
-    torch.testing.assert_close(backbone(pixels), replaced)
+    with pytest.raises(laps.LapsValueError, match=r"the submodule layernorm was replaced .* got LayerNorm"):
+        backbone(pixels)
+    backbone.layernorm = plain
+    assert torch.equal(backbone(pixels), normed)
     model.freeze_backbones()
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
@@ -440,6 +447,13 @@ def test_weights_that_do_not_fit_are_listed(tmp_path: Path) -> None:
         ({"model_type": "swin", "window_size": 3000}, "window_size"),
         ({"model_type": "bert", "is_decoder": True}, "is_decoder"),
         ({"model_type": "bert", "pad_token_id": 10**9}, "pad_token_id"),
+        ({"model_type": "bert", "position_embedding_type": "relative_key"}, "position_embedding_type"),
+        ({"model_type": "bert", "add_cross_attention": True}, "add_cross_attention"),
+        ({"is_causal": True}, "is_causal"),
+        ({"head_dim": 5}, "head_dim"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
+        ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps"),
     ],
     ids=str,
 )
@@ -465,13 +479,82 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
     bert = native.NativeBackbone(TEXT["bert"].to_dict())
     with pytest.raises(laps.LapsError, match="index out of range"):
         bert(input_ids=torch.full((1, 3), 1000))
+    for shape in ((3,), (1, 4), (1, 1, 3)):
+        with pytest.raises(laps.LapsValueError, match="attention_mask does not fit"):
+            bert(input_ids=torch.ones(1, 3, dtype=torch.int64), attention_mask=torch.ones(shape))
+    with pytest.raises(laps.LapsTypeError, match="config has the wrong type"):
+        native.NativeBackbone(VISION["vit"])
     with pytest.raises(laps.LapsValueError, match="takes other inputs"):
         ImageEncoder(bert, image_size=SIZE)
     with pytest.raises(laps.LapsValueError, match="does not exist"):
         native.load(tmp_path / "nowhere", "vision")
     text_model("bert").save_pretrained(tmp_path)
-    with pytest.raises(laps.LapsValueError):
+    with pytest.raises(laps.LapsValueError, match=r"is no vision model .* got bert"):
         native.load(tmp_path, "vision")
+    for size, error in ((1.5, laps.LapsTypeError), ("64", laps.LapsTypeError), (0, laps.LapsValueError)):
+        with pytest.raises(error, match="image_size"):
+            native.load(tmp_path, "vision", image_size=size)
+
+
+@needs_native
+def test_an_exception_of_a_hook_comes_through() -> None:
+    def pack(_: Tensor) -> Tensor:
+        raise KeyError("mine")
+
+    vit, pixels = native.NativeBackbone(VISION["vit"].to_dict()), torch.randn(1, 3, SIZE, SIZE)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), pytest.raises(KeyError, match="mine"):
+        vit(pixels)
+    # torch.utils.checkpoint ends its second pass with an exception of its own.
+    vit(pixels).sum().backward()
+    expected = [parameter.grad.clone() for parameter in vit.parameters()]
+    vit.zero_grad()
+    torch.utils.checkpoint.checkpoint(vit, pixels, use_reentrant=False).sum().backward()
+    for parameter, gradient in zip(vit.parameters(), expected, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@needs_native
+def test_loaded_weights_are_float32_whatever_the_default(tmp_path: Path) -> None:
+    vision_model("vit").save_pretrained(tmp_path)
+    torch.set_default_dtype(torch.float64)
+    try:
+        ours = native.load(tmp_path, "vision")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.float32}
+
+
+@needs_native
+def test_older_checkpoints_of_clip_keep_what_counts_elsewhere(tmp_path: Path) -> None:
+    text = TEXT["clip"].to_dict()
+    config = transformers.CLIPConfig(
+        vision_config=VISION["clip"].to_dict(), text_config=text, projection_dim=24
+    )
+    shaken(transformers.CLIPModel(config)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values["text_config_dict"] = {**values["text_config"], "hidden_act": "relu", "layer_norm_eps": 0.5}
+    file.write_text(json.dumps(values))
+    ids, lengths = torch.randint(2, 98, (2, 5)), torch.tensor([5, 5])
+    ours, theirs = (TextEncoder.from_pretrained(tmp_path, encoders=kind).eval() for kind in ("auto", "hf"))
+    assert isinstance(ours.backbone, native.NativeBackbone)
+    torch.testing.assert_close(ours(ids, lengths), theirs(ids, lengths), atol=1e-5, rtol=0)
+
+
+@needs_native
+def test_auto_reads_what_only_transformers_reads(tmp_path: Path) -> None:
+    model = vision_model("vit")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(laps.LapsValueError, match=r"model\.safetensors does not exist"):
+        ImageEncoder.from_pretrained(tmp_path, encoders="native")
+    encoder = ImageEncoder.from_pretrained(tmp_path, encoders="auto")
+    assert isinstance(encoder.backbone, transformers.ViTModel)
+    (tmp_path / "pytorch_model.bin").unlink()
+    with pytest.raises(laps.LapsValueError, match="cannot be loaded"):
+        ImageEncoder.from_pretrained(tmp_path, encoders="auto")
 
 
 @pytest.mark.parametrize("built_for", [None, "2.3"])

@@ -522,6 +522,7 @@ class LAPS(nn.Module, ModelHubMixin):
             LapsValueError: no such folder and no such model on the hub, a file that is missing or broken (it
                 is named), weights that do not fit (missing and unexpected keys are named).
         """
+        _check.choice("LAPS.from_pretrained", "encoders", encoders, implementations.IMPLEMENTATIONS)
         # Not the mixin's way: it takes the entries of config.json for arguments of the constructor.
         folder = find_folder(
             "LAPS.from_pretrained",

@@ -104,6 +104,8 @@ class Objective(nn.Module):
             kept_fraction: (B, B), share of kept patches, for the ratio loss; None for none.
             selection_ratio: rho, what the kept fraction is held to.
         """
+        if warmup is not None:
+            _check.number("Objective", "warmup", warmup, 0.0, 1.0)
         if self.name == "hinge":
             loss = losses.hinge_loss(scores, image_ids, image_ids, self.margin, hardest=warmup is None)
         elif self.name == "triplet":

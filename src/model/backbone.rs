@@ -30,6 +30,7 @@ pub enum TextConfig {
 impl VisionConfig {
     /// Of the JSON object that transformers writes.
     pub fn from_json(json: &Value) -> Result<Self> {
+        check_values(json)?;
         let config = match model_type(json)? {
             "vit" => VisionConfig::Vit(parse(json)?),
             "swin" => VisionConfig::Swin(parse(json)?),
@@ -73,6 +74,15 @@ impl VisionConfig {
         }
     }
 
+    /// 3 for colours.
+    pub fn channels(&self) -> i64 {
+        match self {
+            VisionConfig::Vit(config) => config.num_channels,
+            VisionConfig::Swin(config) => config.num_channels,
+            VisionConfig::Clip(config) => config.num_channels,
+        }
+    }
+
     /// D of the tokens.
     pub fn width(&self) -> i64 {
         match self {
@@ -105,6 +115,7 @@ impl VisionConfig {
 impl TextConfig {
     /// Of the JSON object that transformers writes.
     pub fn from_json(json: &Value) -> Result<Self> {
+        check_values(json)?;
         let config = match model_type(json)? {
             "bert" => TextConfig::Bert(parse(json)?),
             "clip_text_model" => TextConfig::Clip(parse(json)?),
@@ -155,6 +166,44 @@ fn parse<T: DeserializeOwned>(json: &Value) -> Result<T> {
         .map_err(|error| LapsError::value("encoder config", "a value", "those of the encoders here", error))
 }
 
+/// Refuses what would change the computation elsewhere and is not known here, and numbers outside their ranges.
+fn check_values(json: &Value) -> Result<()> {
+    let heads = || {
+        Some(
+            json.get("hidden_size")?
+                .as_i64()?
+                .checked_div(json.get("num_attention_heads")?.as_i64()?)?
+                .into(),
+        )
+    };
+    let looks_back = model_type(json)? == "clip_text_model";
+    let usual = [
+        ("is_causal", Some(Value::from(looks_back))),
+        ("is_decoder", Some(false.into())),
+        ("add_cross_attention", Some(false.into())),
+        ("position_embedding_type", Some("absolute".into())),
+        ("head_dim", heads()),
+        ("pruned_heads", Some(Value::Object(serde_json::Map::new()))),
+    ];
+    let given = |name: &str| json.get(name).filter(|value| !value.is_null());
+    for (name, expected) in usual {
+        if let Some(got) = given(name).filter(|&got| Some(got) != expected.as_ref()) {
+            let expected = expected.map_or("none".to_owned(), |value| value.to_string());
+            return Err(LapsError::value("encoder config", name, expected, got));
+        }
+    }
+    let shares =
+        ["hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "drop_path_rate"];
+    let sizes = ["layer_norm_eps", "initializer_range", "initializer_factor"];
+    let ranges = shares.map(|name| (name, 1.0, "0 to 1")).into_iter();
+    for (name, most, expected) in ranges.chain(sizes.map(|name| (name, f64::MAX, "0 or more"))) {
+        if let Some(got) = given(name).and_then(Value::as_f64).filter(|got| !(0.0..=most).contains(got)) {
+            return Err(LapsError::value("encoder config", name, expected, got));
+        }
+    }
+    Ok(())
+}
+
 /// Refuses sizes that no model has, before memory is asked for.
 pub(super) fn check_size(name: &'static str, size: i64) -> Result<()> {
     const MOST: i64 = 1 << 24;
@@ -178,8 +227,8 @@ pub(super) fn check_image(image_size: i64, patch_size: i64, channels: i64) -> Re
     check_size("num_channels", channels)?;
     if patch_size < 1 || image_size < patch_size || image_size > MOST {
         let expected = format!("1 <= patch_size <= image_size <= {MOST}");
-        let got = format!("{patch_size} and image_size {image_size}");
-        return Err(LapsError::value("encoder config", "patch_size", expected, got));
+        let got = format!("{image_size} and patch_size {patch_size}");
+        return Err(LapsError::value("encoder config", "image_size", expected, got));
     }
     Ok(())
 }

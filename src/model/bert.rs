@@ -25,8 +25,6 @@ pub struct BertConfig {
     pub initializer_range: f64,
     pub layer_norm_eps: f64,
     pub pad_token_id: Option<i64>,
-    /// A decoder's attention looks back only, which is refused.
-    is_decoder: bool,
 }
 
 impl Default for BertConfig {
@@ -45,7 +43,6 @@ impl Default for BertConfig {
             initializer_range: 0.02,
             layer_norm_eps: 1e-12,
             pad_token_id: Some(0),
-            is_decoder: false,
         }
     }
 }
@@ -53,9 +50,6 @@ impl Default for BertConfig {
 impl BertConfig {
     pub fn check(&self) -> Result<()> {
         check_heads(self.hidden_size, self.num_attention_heads)?;
-        if self.is_decoder {
-            return Err(LapsError::value("encoder config", "is_decoder", "false", true));
-        }
         for (name, size) in [
             ("vocab_size", self.vocab_size),
             ("type_vocab_size", self.type_vocab_size),

@@ -11,6 +11,7 @@ use crate::error::LapsError;
 const OPERATION: &str = "CaptionTokenizer";
 
 /// Token ids of captions, the same as the Python package gives them.
+#[derive(Debug)]
 pub struct CaptionTokenizer {
     /// The file, as it is kept with a model.
     pub(super) json: String,
@@ -45,6 +46,11 @@ impl CaptionTokenizer {
         let named = ["[PAD]", "<pad>"].iter().find_map(|token| tokenizer.token_to_id(token));
         let padding = stated.or(named).unwrap_or(end);
         Ok(CaptionTokenizer { json, tokenizer, start, end, padding, max_length })
+    }
+
+    /// The number of ids.
+    pub fn vocab_size(&self) -> i64 {
+        self.tokenizer.get_vocab_size(true) as i64
     }
 
     /// Ids (B_t, L), padded to the longest, and lengths (B_t,), both int64. Longer captions are cut.

@@ -60,10 +60,13 @@ impl Checkpoint {
     ///
     /// A model for a task keeps its encoder under a name of its own; that prefix goes, and so does what is outside of it.
     /// `image_size` in pixels, if it is not the checkpoint's, interpolates the position embeddings.
-    pub fn read(folder: &Path, half: Half, image_size: Option<i64>) -> Result<Self> {
+    pub fn read(folder: impl AsRef<Path>, half: Half, image_size: Option<i64>) -> Result<Self> {
+        let folder = folder.as_ref();
         let mut config =
             read_json(OPERATION, &folder.join("config.json"), "the config.json of a checkpoint")?;
-        if let Some(nested) = config.get(format!("{}_config", half.name())) {
+        // Old checkpoints of CLIP keep the values that count under this name; those that it lacks are the defaults.
+        let older = config.get(format!("{}_config_dict", half.name())).filter(|value| value.is_object());
+        if let Some(nested) = older.or_else(|| config.get(format!("{}_config", half.name()))) {
             let mut nested = nested.clone();
             if let Value::Object(values) = &mut nested {
                 let kind = format!("clip_{}_model", half.name());

@@ -42,6 +42,11 @@ fn yes() -> bool {
     true
 }
 
+/// What a file that does not say means.
+fn two() -> Option<f64> {
+    Some(2.0)
+}
+
 fn laps() -> String {
     "laps".to_owned()
 }
@@ -168,6 +173,22 @@ impl HeadOptions {
         self.variant == Variant::Paper && self.selection != SelectBy::None
     }
 
+    /// Refuses values outside their ranges, naming the first.
+    pub fn check(&self) -> Result<()> {
+        let ratio = self.aggregation_ratio;
+        if !(ratio > 0.0 && ratio <= 1.0) {
+            let expected = "0 < aggregation_ratio <= 1";
+            return Err(LapsError::value("LapsHead", "aggregation_ratio", expected, ratio));
+        }
+        self.kernel_options().check("LapsHead")
+    }
+
+    /// The bound of the scores: two directions summed, or one cosine.
+    pub fn max_score(&self) -> f64 {
+        let summed = self.direction_reduction == DirectionReduction::Sum;
+        if self.directions == Directions::Both && summed { 2.0 } else { 1.0 }
+    }
+
     /// N_c of `patches` patches.
     pub fn aggregated(&self, patches: i64) -> Result<i64> {
         // The order of this product is part of the definition: another one rounds to another N_c.
@@ -237,8 +258,9 @@ pub struct LossOptions {
     pub temperature: Option<f64>,
     /// Of the ratio loss (paper variant).
     pub ratio_weight: f64,
-    /// The bound of the scores.
-    pub max_score: f64,
+    /// The bound of the scores; None: [`HeadOptions::max_score`].
+    #[serde(default = "two")]
+    pub max_score: Option<f64>,
 }
 
 impl LossOptions {
@@ -265,10 +287,12 @@ impl LossOptions {
         if !(self.ratio_weight >= 0.0 && self.ratio_weight.is_finite()) {
             return refuse("ratio_weight", "0 <= ratio_weight < inf", self.ratio_weight);
         }
-        if !(self.max_score > 0.0 && self.max_score.is_finite()) {
-            return refuse("max_score", "0 < max_score < inf", self.max_score);
+        match self.max_score {
+            Some(most) if !(most > 0.0 && most.is_finite()) => {
+                refuse("max_score", "0 < max_score < inf", most)
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
 
@@ -279,7 +303,7 @@ impl Default for LossOptions {
             margin: None,
             temperature: None,
             ratio_weight: 1.0,
-            max_score: 2.0,
+            max_score: None,
         }
     }
 }

@@ -61,6 +61,9 @@ impl ImageFeatures {
 impl TextFeatures {
     /// One after the other, padded to the longest.
     pub fn cat(parts: &[TextFeatures]) -> Result<Self> {
+        if let Some(part) = parts.iter().find(|part| part.words.dim() != 3) {
+            return Err(LapsError::shape("cat", "words", "(B_t, L, C)", format!("{:?}", part.words.size())));
+        }
         let Some(longest) = parts.iter().map(|part| part.words.size()[1]).max() else {
             return Err(LapsError::value("cat", "parts", "at least one", 0));
         };
@@ -104,8 +107,8 @@ impl LapsHead {
         prefix: i64,
         options: &HeadOptions,
     ) -> Result<Self> {
+        options.check()?;
         let kernel = options.kernel_options();
-        kernel.check("LapsHead")?;
         let tokens = options.aggregated(patches)?;
         let mut at_aggregation = at.sub("aggregation");
         let scale = at_aggregation.tensor("scale", &[1, 1, 1], tch::nn::Init::Const(1.0))?;
@@ -178,6 +181,28 @@ impl LapsHead {
             }
         };
         Ok(ImageFeatures { patches, prefix, logits: logits.f_mul(&self.scale)?, keep_probability })
+    }
+
+    /// Refuses features that another head made.
+    fn check_features(&self, images: &ImageFeatures) -> Result<()> {
+        let sizes = |tensor: &Tensor, axis: usize| tensor.size().get(axis).copied();
+        let own = [
+            ("patches", sizes(&images.patches, 1), self.patches),
+            ("prefix", sizes(&images.prefix, 1), self.prefix),
+            ("logits", sizes(&images.logits, 2), self.options.aggregated(self.patches)?),
+            (
+                "keep_probability",
+                Some(i64::from(images.keep_probability.is_some())),
+                i64::from(self.score.is_some()),
+            ),
+        ];
+        for (name, got, expected) in own {
+            if got.is_some_and(|got| got != expected) {
+                let (expected, got) = (format!("this head's {expected}"), got.unwrap_or_default());
+                return Err(LapsError::value("similarity", name, expected, got));
+            }
+        }
+        Ok(())
     }
 
     /// Scores of every image with every caption, (B_v, B_t); no selection is sampled.
@@ -305,6 +330,7 @@ impl Features {
 }
 
 /// A scored batch that waits for the gradient of its scores.
+#[derive(Debug)]
 pub struct Scored {
     features: Features,
     options: Options,
@@ -312,6 +338,7 @@ pub struct Scored {
 }
 
 /// Where pairs were scored, and what was saved there.
+#[derive(Debug)]
 enum Kernels {
     Cpu(Box<Input>, Option<Saved>),
     #[cfg(feature = "cuda")]
@@ -323,6 +350,7 @@ enum Kernels {
 }
 
 /// Features as the kernels of the CPU take them: detached, contiguous, in f64 or f32.
+#[derive(Debug)]
 struct Input {
     features: Features,
     pairs: Pairs,
@@ -406,6 +434,7 @@ impl Scored {
         seed: Option<u64>,
         save: bool,
     ) -> Result<(Self, Scores)> {
+        head.check_features(images)?;
         let (features, options) = (Features::new(images, texts), head.kernel);
         #[cfg(feature = "cuda")]
         if head.runs_on_gpu(&features) {

@@ -6,7 +6,7 @@ use tch::nn::VarStore;
 use tch::{Device, Kind, Tensor};
 
 use super::Result;
-use super::backbone::{Text, TextConfig, Vision, VisionConfig};
+use super::backbone::{Text, TextConfig, Vision, VisionConfig, check_size};
 use super::captions::CaptionTokenizer;
 use super::checkpoint::{Checkpoint, Half, unused};
 use super::config::LapsConfig;
@@ -14,7 +14,7 @@ use super::files::{read_json, read_tensors, replace_all};
 use super::head::{ImageFeatures, LapsHead, Scores, TextFeatures};
 use super::images::ImageTransform;
 use super::layers::Linear;
-use super::loss::Objective;
+use super::loss::{Objective, check_integers};
 use super::source::{Adopted, Random, Scope, Stored};
 use crate::error::LapsError;
 
@@ -40,6 +40,7 @@ pub struct Batch {
     pub images: Tensor,
 }
 
+#[derive(Debug)]
 struct Modules {
     vision: Vision,
     image_projection: Option<Linear>,
@@ -50,9 +51,11 @@ struct Modules {
 }
 
 /// Image-text retrieval with patches and words.
+#[derive(Debug)]
 pub struct Laps {
     config: LapsConfig,
     max_length: i64,
+    vocab_size: i64,
     modules: Modules,
     /// Image files to pixels.
     pub transform: ImageTransform,
@@ -103,12 +106,13 @@ impl Laps {
     /// to what the image encoder was trained with, and `tokenizer` to that of the text encoder:
     ///
     /// ```no_run
-    /// use laps::model::{CaptionTokenizer, Checkpoint, Half, Laps, LapsConfig};
+    /// use laps::model::{CaptionTokenizer, Checkpoint, Half, ImageTransform, Laps, LapsConfig};
     ///
-    /// let image = Checkpoint::read("vit-base".as_ref(), Half::Vision, None)?;
-    /// let text = Checkpoint::read("bert-base".as_ref(), Half::Text, None)?;
+    /// let image = Checkpoint::read("vit-base", Half::Vision, None)?;
+    /// let text = Checkpoint::read("bert-base", Half::Text, None)?;
     /// let config = LapsConfig::new(image.config.clone(), text.config.clone(), 512)?;
     /// let mut model = Laps::from_checkpoints(config, image, text, tch::Device::Cpu)?;
+    /// model.transform = ImageTransform::from_preprocessor("vit-base/preprocessor_config.json")?;
     /// model.tokenizer = Some(CaptionTokenizer::from_file("bert-base/tokenizer.json", 512)?);
     /// # Ok::<(), laps::LapsError>(())
     /// ```
@@ -152,11 +156,13 @@ impl Laps {
     }
 
     fn assemble(
-        config: LapsConfig,
+        mut config: LapsConfig,
         modules: Modules,
         tensors: Vec<(String, Tensor)>,
         device: Device,
     ) -> Result<Self> {
+        // What is kept in a file says what it means.
+        config.loss.max_score.get_or_insert(config.head_options.max_score());
         let variables = VarStore::new(device);
         for (name, tensor) in tensors {
             let group = if name.contains("_encoder.backbone.") { BACKBONE_GROUP } else { HEAD_GROUP };
@@ -166,14 +172,16 @@ impl Laps {
             // The store keeps the same tensor that the modules have.
             let _ = path.add(last, tensor, true);
         }
-        let max_length = TextConfig::from_json(&config.text_encoder)?.max_length();
+        let text = TextConfig::from_json(&config.text_encoder)?;
+        let (max_length, vocab_size) = (text.max_length(), text.vocab_size());
         let transform = ImageTransform { image_size: config.image_size as u32, ..ImageTransform::default() };
-        Ok(Laps { config, max_length, modules, transform, tokenizer: None, variables })
+        Ok(Laps { config, max_length, vocab_size, modules, transform, tokenizer: None, variables })
     }
 
     /// Writes the model's files; what stood there stays whole until all of them are complete.
     pub fn save_pretrained(&self, folder: impl AsRef<Path>) -> Result<()> {
         let operation = "Laps::save_pretrained";
+        self.check_inputs()?;
         let mut tensors: Vec<(String, Tensor)> = Vec::new();
         for (name, tensor) in self.variables.variables() {
             tensors.push((name, tensor.f_detach()?.f_to_device(Device::Cpu)?.f_contiguous()?));
@@ -206,6 +214,27 @@ impl Laps {
         Ok(())
     }
 
+    /// Refuses a transform or a tokenizer that the model cannot take.
+    fn check_inputs(&self) -> Result<()> {
+        self.transform.check()?;
+        if i64::from(self.transform.image_size) != self.config.image_size {
+            let expected = format!("the model's {}", self.config.image_size);
+            return Err(LapsError::value(
+                "Laps",
+                "transform.image_size",
+                expected,
+                self.transform.image_size,
+            ));
+        }
+        match self.tokenizer.as_ref().map(CaptionTokenizer::vocab_size) {
+            Some(size) if size > self.vocab_size => {
+                let expected = format!("at most the text encoder's {} tokens", self.vocab_size);
+                Err(LapsError::value("Laps", "tokenizer", expected, size))
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub fn config(&self) -> &LapsConfig {
         &self.config
     }
@@ -235,9 +264,13 @@ impl Laps {
     /// Pixels (B_v, 3, S, S), normalised, to everything about images that no caption changes. `train` switches dropout on.
     pub fn encode_image(&self, pixels: &Tensor, train: bool) -> Result<ImageFeatures> {
         let side = self.config.image_size;
-        if pixels.dim() != 4 || pixels.size()[1..] != [3, side, side] {
-            let expected = format!("(B_v, 3, {side}, {side})");
+        if pixels.dim() != 4 || pixels.size()[0] < 1 || pixels.size()[1..] != [3, side, side] {
+            let expected = format!("(B_v >= 1, 3, {side}, {side})");
             return Err(LapsError::shape("encode_image", "pixels", expected, format!("{:?}", pixels.size())));
+        }
+        if !pixels.is_floating_point() {
+            let got = format!("{:?}", pixels.kind());
+            return Err(LapsError::type_("encode_image", "pixels", "floating", got));
         }
         let Modules { vision, image_projection, head, .. } = &self.modules;
         let tokens = vision.forward(&pixels.f_to_device(self.device())?, train)?;
@@ -252,6 +285,22 @@ impl Laps {
             let got = format!("{:?} and {:?}", ids.size(), lengths.size());
             return Err(LapsError::shape("encode_text", "ids and lengths", expected, got));
         }
+        check_integers("encode_text", "ids", ids)?;
+        check_integers("encode_text", "lengths", lengths)?;
+        let within = |argument, tensor: &Tensor, least: i64, most: i64| -> Result<()> {
+            // A GPU would have to be waited for.
+            if tensor.device() != Device::Cpu || tensor.numel() == 0 {
+                return Ok(());
+            }
+            let ends = (tensor.f_min()?.f_int64_value(&[])?, tensor.f_max()?.f_int64_value(&[])?);
+            if ends.0 >= least && ends.1 <= most {
+                return Ok(());
+            }
+            let got = format!("{} to {}", ends.0, ends.1);
+            Err(LapsError::value("encode_text", argument, format!("{least} to {most}"), got))
+        };
+        within("lengths", lengths, 1, longest)?;
+        within("ids", ids, 0, self.vocab_size - 1)?;
         let Modules { text, text_projection, .. } = &self.modules;
         let words = text.forward(&ids.f_to_device(self.device())?, lengths, train)?;
         Ok(TextFeatures { words: projected(text_projection, words)?, lengths: lengths.shallow_clone() })
@@ -260,6 +309,7 @@ impl Laps {
     /// Features of image files, without gradient, `batch` at a time.
     pub fn encode_files<P: AsRef<Path>>(&self, files: &[P], batch: usize) -> Result<ImageFeatures> {
         check_batch("encode_files", "files", files.len(), batch)?;
+        self.check_inputs()?;
         let parts = files.chunks(batch).map(|part| {
             let pixels = part.iter().map(|file| self.transform.load(file)).collect::<Result<Vec<_>>>()?;
             tch::no_grad(|| self.encode_image(&Tensor::f_stack(&pixels, 0)?, false))
@@ -270,6 +320,7 @@ impl Laps {
     /// Features of sentences, without gradient, `batch` at a time. Longer ones than [`Laps::max_length`] are cut.
     pub fn encode_captions<S: AsRef<str>>(&self, captions: &[S], batch: usize) -> Result<TextFeatures> {
         check_batch("encode_captions", "captions", captions.len(), batch)?;
+        self.check_inputs()?;
         let Some(tokenizer) = &self.tokenizer else {
             return Err(LapsError::value("encode_captions", "the model", "a tokenizer.json", "none"));
         };
@@ -290,6 +341,12 @@ impl Laps {
     /// The scores come from kernels that the graph does not see. Their gradient is computed here and tied to the features,
     /// so one backward pass is right and a second-order one is not to be had.
     pub fn loss(&self, batch: &Batch, warmup: Option<f64>) -> Result<Tensor> {
+        let counts = [&batch.pixels, &batch.ids, &batch.lengths, &batch.images]
+            .map(|tensor| tensor.size().first().copied().unwrap_or(0));
+        if counts.iter().any(|&count| count != counts[0]) {
+            let expected = "as many pixels as ids, lengths and images";
+            return Err(LapsError::shape("Laps::loss", "batch", expected, format!("{counts:?}")));
+        }
         let images = self.encode_image(&batch.pixels, true)?;
         let texts = self.encode_text(&batch.ids, &batch.lengths, true)?;
         let Modules { head, objective, .. } = &self.modules;
@@ -338,6 +395,10 @@ impl Modules {
     fn new(mut at: Scope<'_>, config: &LapsConfig) -> Result<Self> {
         let vision = VisionConfig::from_json(&config.image_encoder)?;
         let text = TextConfig::from_json(&config.text_encoder)?;
+        check_size("embed_dim", config.embed_dim)?;
+        if vision.channels() != 3 {
+            return Err(LapsError::value("LapsConfig", "num_channels", 3, vision.channels()));
+        }
         let sizes = [
             ("num_prefix_tokens", config.num_prefix_tokens, vision.prefix_tokens()),
             ("num_patches", config.num_patches, vision.side() * vision.side()),
@@ -377,7 +438,7 @@ impl Modules {
                 config.num_prefix_tokens,
                 &config.head_options,
             )?,
-            objective: Objective::new(at.sub("objective"), &config.loss)?,
+            objective: Objective::new(at.sub("objective"), &config.loss, config.head_options.max_score())?,
         })
     }
 }

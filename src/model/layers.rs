@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use tch::nn::Init;
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::Result;
 use super::source::{Initial, Scope};
@@ -93,10 +93,6 @@ impl Patches {
         let weight = at.tensor("weight", &[to, channels, size, size], init)?;
         let bias = bias.then(|| at.tensor("bias", &[to], ZEROS)).transpose()?;
         Ok(Patches { weight, bias, size })
-    }
-
-    pub fn device(&self) -> Device {
-        self.weight.device()
     }
 
     pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {

@@ -20,12 +20,14 @@ const CUTOFF: f64 = 1.7;
 #[derive(Debug)]
 pub struct Objective {
     options: LossOptions,
+    max_score: f64,
     /// -log of InfoNCE's temperature.
     log_scale: Option<Tensor>,
 }
 
 impl Objective {
-    pub fn new(mut at: Scope<'_>, options: &LossOptions) -> Result<Self> {
+    /// `max_score` is the bound of the head's scores, unless the options state one.
+    pub fn new(mut at: Scope<'_>, options: &LossOptions, max_score: f64) -> Result<Self> {
         options.check()?;
         let contrastive = options.name == LossName::InfoNce;
         let log_scale = contrastive
@@ -34,7 +36,11 @@ impl Objective {
                 at.tensor("info_nce.log_scale", &[], tch::nn::Init::Const(start))
             })
             .transpose()?;
-        Ok(Objective { options: options.clone(), log_scale })
+        Ok(Objective {
+            options: options.clone(),
+            max_score: options.max_score.unwrap_or(max_score),
+            log_scale,
+        })
     }
 
     pub fn options(&self) -> &LossOptions {
@@ -59,9 +65,17 @@ impl Objective {
         kept: Option<(&Tensor, f64)>,
     ) -> Result<Tensor> {
         let (rows, columns) = scores.size2()?;
-        if rows != columns || ids.size() != [rows] {
-            let got = format!("{:?} and {:?}", scores.size(), ids.size());
-            return Err(LapsError::shape("loss", "scores and ids", "(B, B) and (B,)", got));
+        if rows < 1 || rows != columns || ids.size() != [rows] {
+            let got = format!("{:?} with ids {:?}", scores.size(), ids.size());
+            return Err(LapsError::shape("loss", "scores", "(B, B) with ids (B,), B >= 1", got));
+        }
+        check_integers("loss", "ids", ids)?;
+        if !scores.is_floating_point() {
+            let got = format!("{:?}", scores.kind());
+            return Err(LapsError::type_("loss", "scores", "floating", got));
+        }
+        if let Some(share) = warmup.filter(|share| !(0.0..=1.0).contains(share)) {
+            return Err(LapsError::value("loss", "warmup", "0 to 1", share));
         }
         let ids = ids.f_to_device(scores.device())?;
         let same = ids.f_unsqueeze(1)?.f_eq_tensor(&ids.f_unsqueeze(0)?)?;
@@ -72,7 +86,7 @@ impl Objective {
                 all(scores, &same, margin)?.f_add(&all(&transposed(scores)?, &same, margin)?)?
             }
             (LossName::Triplet, _) => {
-                let max_score = self.options.max_score;
+                let max_score = self.max_score;
                 let one = drawn(scores, &same, margin, max_score)?;
                 one.f_add(&drawn(&transposed(scores)?, &same, margin, max_score)?)?
             }
@@ -95,6 +109,15 @@ impl Objective {
         }
         Ok(loss)
     }
+}
+
+/// Refuses what would be cut to integers, or taken for them.
+pub(super) fn check_integers(operation: &'static str, argument: &'static str, tensor: &Tensor) -> Result<()> {
+    let integers = [Kind::Int64, Kind::Int, Kind::Int16, Kind::Int8, Kind::Uint8];
+    if integers.contains(&tensor.kind()) {
+        return Ok(());
+    }
+    Err(LapsError::type_(operation, argument, "integers", format!("{:?}", tensor.kind())))
 }
 
 fn transposed(x: &Tensor) -> Result<Tensor> {

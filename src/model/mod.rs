@@ -11,6 +11,21 @@
 //! # Ok::<(), laps::LapsError>(())
 //! ```
 //!
+//! A program of your own depends on the clone, and finds libtorch in an environment with torch 2.11:
+//!
+//! ```toml
+//! [dependencies]
+//! laps-rs = { path = "../laps-rs", features = ["torch"] }
+//! serde_json = "1" # for the configurations of encoders
+//! tch = "0.24"
+//! ```
+//!
+//! ```sh
+//! export LIBTORCH_USE_PYTORCH=1
+//! export LD_LIBRARY_PATH=$(python3 -c 'import torch; print(torch.__path__[0] + "/lib")')
+//! cargo run --release
+//! ```
+//!
 //! `examples/train.rs` trains one. The encoders work on any device of torch's. The head's kernels run where the features
 //! are: those of [`crate::slimming`] on the CPU; with the feature `cuda` those of `cuda` on GPUs (not yet run on one), but for
 //! f64, for which features come to the CPU, as they do without that feature.
@@ -37,12 +52,16 @@ mod vit;
 use crate::error::LapsError;
 
 pub use backbone::{Text, TextConfig, Vision, VisionConfig};
+pub use bert::BertConfig;
 pub use captions::CaptionTokenizer;
 pub use checkpoint::{Checkpoint, Half};
+pub use clip::{ClipTextConfig, ClipVisionConfig};
 pub use config::{DirectionReduction, HeadOptions, LapsConfig, LossName, LossOptions, SelectBy, Variant};
 pub use head::{ImageFeatures, LapsHead, Scored, Scores, TextFeatures};
 pub use images::{ImageTransform, Interpolation};
 pub use laps::{BACKBONE_GROUP, Batch, Laps};
 pub use loss::Objective;
+pub use swin::SwinConfig;
+pub use vit::VitConfig;
 
 type Result<T> = std::result::Result<T, LapsError>;

@@ -100,6 +100,7 @@ impl SwinConfig {
 pub struct Swin {
     patches: Patches,
     patch_size: i64,
+    window: i64,
     patch_norm: LayerNorm,
     positions: Option<Tensor>,
     stages: Vec<Stage>,
@@ -131,14 +132,14 @@ impl Swin {
             .then(|| at_embeddings.tensor("position_embeddings", &[1, grid * grid, d], Init::Const(0.0)))
             .transpose()?;
         let patch_norm = LayerNorm::new(at_embeddings.sub("norm"), d, EPSILON)?;
-        let bias_rows = relative_positions(config.window_size, patches.device())?;
         Ok(Swin {
             patches,
             patch_size: config.patch_size,
+            window: config.window_size,
             patch_norm,
             positions,
             stages: (0..config.depths.len())
-                .map(|stage| Stage::new(at.sub(format!("encoder.layers.{stage}")), config, stage, &bias_rows))
+                .map(|stage| Stage::new(at.sub(format!("encoder.layers.{stage}")), config, stage))
                 .collect::<Result<_>>()?,
             norm: LayerNorm::new(at.sub("layernorm"), config.width(), config.layer_norm_eps)?,
             dropout: config.hidden_dropout_prob,
@@ -157,9 +158,10 @@ impl Swin {
             tokens = tokens.f_add(&positions.f_view([1, h, w, d])?)?;
         }
         let mut tokens = dropout(&tokens, self.dropout, train)?;
+        let bias_rows = relative_positions(self.window, tokens.device())?;
         for stage in &self.stages {
             for block in &stage.blocks {
-                tokens = block.forward(&tokens, train)?;
+                tokens = block.forward(&tokens, &bias_rows, train)?;
             }
             if let Some(merging) = &stage.merging {
                 tokens = merging.forward(&tokens)?;
@@ -171,7 +173,7 @@ impl Swin {
 }
 
 impl Stage {
-    fn new(mut at: Scope<'_>, config: &SwinConfig, stage: usize, bias_rows: &Tensor) -> Result<Self> {
+    fn new(mut at: Scope<'_>, config: &SwinConfig, stage: usize) -> Result<Self> {
         let before: usize = config.depths[..stage].iter().sum();
         let last = config.depths.iter().sum::<usize>().saturating_sub(1).max(1) as f64;
         let dim = config.embed_dim << stage;
@@ -181,7 +183,7 @@ impl Stage {
                     let shift = if i % 2 == 0 { 0 } else { config.window_size / 2 };
                     let drop_path = config.drop_path_rate * (before + i) as f64 / last;
                     let sizes = BlockSizes { dim, heads: config.num_heads[stage], shift, drop_path };
-                    Block::new(at.sub(format!("blocks.{i}")), config, sizes, bias_rows)
+                    Block::new(at.sub(format!("blocks.{i}")), config, sizes)
                 })
                 .collect::<Result<_>>()?,
             merging: (stage + 1 < config.depths.len())
@@ -232,8 +234,6 @@ struct Block {
     attention: Attention,
     /// (number of relative positions, heads).
     bias: Tensor,
-    /// Row of `bias` for each pair of places in a window.
-    bias_rows: Tensor,
     mlp_norm: LayerNorm,
     mlp: Mlp,
     window: i64,
@@ -243,7 +243,7 @@ struct Block {
 }
 
 impl Block {
-    fn new(mut at: Scope<'_>, config: &SwinConfig, sizes: BlockSizes, bias_rows: &Tensor) -> Result<Self> {
+    fn new(mut at: Scope<'_>, config: &SwinConfig, sizes: BlockSizes) -> Result<Self> {
         let BlockSizes { dim, heads, shift, drop_path } = sizes;
         let (window, init) = (config.window_size, normal(config.initializer_range));
         let hidden = (config.mlp_ratio * dim as f64) as i64;
@@ -268,7 +268,6 @@ impl Block {
             attention_norm: LayerNorm::new(at.sub("layernorm_before"), dim, config.layer_norm_eps)?,
             attention,
             bias,
-            bias_rows: bias_rows.shallow_clone(),
             mlp_norm: LayerNorm::new(at.sub("layernorm_after"), dim, config.layer_norm_eps)?,
             mlp,
             window,
@@ -278,8 +277,8 @@ impl Block {
         })
     }
 
-    /// (B, H, W, D) to (B, H, W, D).
-    fn forward(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+    /// (B, H, W, D) to (B, H, W, D). `bias_rows` are the rows of the table of biases for each pair of places in a window.
+    fn forward(&self, x: &Tensor, bias_rows: &Tensor, train: bool) -> Result<Tensor> {
         let (b, h, w, d) = x.size4()?;
         if h.min(w) < self.window {
             let got = format!("{h} x {w}");
@@ -290,7 +289,8 @@ impl Block {
         let shift = if h.min(w) == self.window { 0 } else { self.shift };
         let windows = Windows::new(h, w, self.window, shift);
         let inside = windows.split(&self.attention_norm.forward(x)?)?;
-        let mixed = self.attention.forward(&inside, Mask::Given(&self.mask(&windows, b)?), train)?;
+        let mixed =
+            self.attention.forward(&inside, Mask::Given(&self.mask(&windows, bias_rows, b)?), train)?;
         let mixed = windows.join(&dropout(&mixed, self.dropout, train)?, b, d)?;
         let x = drop_path(&mixed, self.drop_path, train)?.f_add(x)?;
         let changed = self.mlp.forward(&self.mlp_norm.forward(&x)?)?;
@@ -299,9 +299,9 @@ impl Block {
 
     /// What is added to the attention logits: (1, heads, A, A), or (B windows, heads, A, A) where windows were shifted;
     /// A places in a window.
-    fn mask(&self, windows: &Windows, batch: i64) -> Result<Tensor> {
+    fn mask(&self, windows: &Windows, bias_rows: &Tensor, batch: i64) -> Result<Tensor> {
         let area = self.window * self.window;
-        let bias = self.bias.f_index_select(0, &self.bias_rows)?.f_view([area, area, -1])?;
+        let bias = self.bias.f_index_select(0, bias_rows)?.f_view([area, area, -1])?;
         let bias = bias.f_permute([2, 0, 1])?.f_unsqueeze(0)?;
         if windows.shift == 0 {
             return Ok(bias);

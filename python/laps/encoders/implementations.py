@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import _check
+from ..errors import LapsValueError
 
 __all__ = ["IMPLEMENTATIONS", "build", "load", "restore"]
 
@@ -75,10 +76,16 @@ def load(source: str | Path, part: str, encoders: str, image_size: int | None = 
         LapsValueError: no checkpoint there, one of another kind of model, or weights are missing from it (it
             names them). ImportError: as `build`.
     """
+    _check.choice("encoders", "encoders", encoders, IMPLEMENTATIONS)
     if encoders != "hf" and _is_native(encoders, _config(source, part)):
         from . import native
 
-        return native.load(source, part, image_size=image_size)
+        try:
+            return native.load(source, part, image_size=image_size)
+        except LapsValueError:
+            # Weights in a form that only transformers reads, or that fit neither: let it say so.
+            if encoders == "native":
+                raise
     from . import transformers_backbone as backbones
 
     backbone: nn.Module = backbones.load(source, part)
@@ -93,7 +100,9 @@ def _config(source: str | Path, part: str) -> Mapping[str, Any]:
     operation = f"{part} encoder"
     folder = find_folder(operation, source, ["config.json"])
     config = read_object(operation, folder / "config.json", "the config.json of a checkpoint")
-    nested = config.get(f"{part}_config")
+    # Old checkpoints of CLIP keep the values that count under the first name.
+    older = config.get(f"{part}_config_dict")
+    nested = older if isinstance(older, dict) else config.get(f"{part}_config")
     if nested is None:
         return config
     return {"model_type": f"clip_{part}_model", **nested} if isinstance(nested, dict) else {}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import _check
 from .._hub import find_folder
 from .._laps import __version__
-from ..errors import LapsValueError
+from ..errors import LapsTypeError, LapsValueError
 from .backbone import UNKEPT, DescribedBackbone, Description
 from .keys import check_weights
 
@@ -83,8 +83,13 @@ class NativeBackbone(DescribedBackbone):
         config: the values of the transformers configuration of such a model, with ``model_type``.
         random: draw initial weights as transformers would; False leaves them undefined, to be loaded.
 
+    Its submodules hold parameters and compute nothing: hooks on them do not fire, ``eval()`` of one of them
+    alone changes nothing, and one that is replaced by a module that computes is refused at the next call.
+    Parameters may be replaced, shared, frozen or computed (``torch.nn.utils.parametrize``).
+
     Raises:
         LapsValueError: an unknown ``model_type``, a value out of range, or sizes that do not fit each other.
+        LapsTypeError: no mapping.
 
     Example:
         >>> import laps, torch
@@ -98,13 +103,26 @@ class NativeBackbone(DescribedBackbone):
 
     def __init__(self, config: Mapping[str, Any], *, random: bool = True) -> None:
         super().__init__()
+        if not isinstance(config, Mapping):
+            raise LapsTypeError(
+                _check.message(
+                    "NativeBackbone",
+                    "config has the wrong type",
+                    "a mapping, such as config.to_dict() of transformers",
+                    _check.name_of(config),
+                )
+            )
         values = {name: value for name, value in config.items() if name not in UNKEPT}
         self._encoder = _encoder(values)
         kind = KNOWN[values["model_type"]]
         if random:
             tensors = self._encoder.random()
         else:
-            tensors = [(name, torch.empty(shape)) for name, shape in self._encoder.parameters()]
+            # Whatever the default dtype and device are.
+            tensors = [
+                (name, torch.empty(shape, dtype=torch.float32, device="cpu"))
+                for name, shape in self._encoder.parameters()
+            ]
         for name, tensor in tensors:
             _register(self, name, tensor)
         self._places = _places([name for name, _ in tensors])
@@ -131,7 +149,8 @@ class NativeBackbone(DescribedBackbone):
         tokens look back only, so that its padding must be at the end (which is checked on the CPU).
 
         Raises:
-            LapsValueError: the input of the other kind of encoder, or CLIP's padding elsewhere.
+            LapsValueError: the input of the other kind of encoder, a mask of another shape, CLIP's padding
+                elsewhere, or a submodule that was replaced.
         """
         parameters: list[Any] = [None] * self._count
         _collect(self, self._places, parameters)
@@ -141,6 +160,15 @@ class NativeBackbone(DescribedBackbone):
                 _check.message("NativeBackbone", f"{self.description.inputs} is missing", "a tensor")
             )
         mask = None if attention_mask is None else attention_mask.bool()
+        if mask is not None and mask.shape != given.shape:
+            raise LapsValueError(
+                _check.message(
+                    "NativeBackbone",
+                    "attention_mask does not fit",
+                    f"the shape of input_ids, {tuple(given.shape)}",
+                    tuple(mask.shape),
+                )
+            )
         looks_back = self.description.config["model_type"] == "clip_text_model"
         if mask is not None and looks_back and not mask.is_cuda and bool((mask[:, 1:] > mask[:, :-1]).any()):
             raise LapsValueError(
@@ -197,7 +225,7 @@ def _places(names: Sequence[str]) -> _Places:
 
 
 def _collect(module: nn.Module, places: _Places, parameters: list[Any]) -> None:
-    """Fill in the parameters as they are now: a module may have been replaced, a parameter become computed.
+    """Fill in the parameters as they are now: one may have been replaced, or become computed.
 
     A few hundred look-ups come with every call, so they bypass what makes `getattr` of a module slow.
     """
@@ -206,7 +234,16 @@ def _collect(module: nn.Module, places: _Places, parameters: list[Any]) -> None:
         parameters[number] = getattr(module, name) if parameter is None else parameter
     for name, below in places.below.items():
         child = module._modules.get(name)
-        _collect(getattr(module, name) if child is None else child, below, parameters)
+        if child is None or type(child).forward is not nn.Module.forward:
+            raise LapsValueError(
+                _check.message(
+                    "NativeBackbone",
+                    f"the submodule {name} was replaced",
+                    'parameters alone; encoders="hf" has modules that can be replaced',
+                    _check.name_of(child),
+                )
+            )
+        _collect(child, below, parameters)
 
 
 def _register(module: nn.Module, path: str, tensor: Tensor) -> None:
@@ -232,13 +269,20 @@ def load(source: str | Path, part: str, *, image_size: int | None = None) -> Nat
         LapsValueError: no such checkpoint, one of another kind of model, or weights that do not fit (missing
             and unexpected keys are listed).
     """
+    if image_size is not None:
+        image_size = _check.count(f"{part} encoder", "image_size", image_size)
     patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
     folder = find_folder(f"{part} encoder", source, patterns)
     file, config, tensors = _native.read_checkpoint(folder, part, image_size)
     backbone = NativeBackbone(json.loads(config), random=False)
     if backbone.description.inputs != ("pixel_values" if part == "vision" else "input_ids"):
         raise LapsValueError(
-            _check.message(f"{part} encoder", f"{source} is no {part} model", f"a {part} model", KNOWN)
+            _check.message(
+                f"{part} encoder",
+                f"{source} is no {part} model",
+                f"a {part} model",
+                backbone.description.config["model_type"],
+            )
         )
     given = {name: tensor.float() for name, tensor in tensors}
     check_weights(file, backbone.state_dict(), given)
