@@ -106,7 +106,7 @@ format: venv
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
 
-# About fifty minutes on two cores, twenty of them for the three seeds of benchmarks.demo.
+# About seventy minutes on two cores, half of them for the three seeds of benchmarks.demo and benchmarks.grounding.
 bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.max_sim
@@ -114,6 +114,7 @@ bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.training
 	@$(BIN)/python -m benchmarks.encoders
 	@$(BIN)/python -m benchmarks.demo
+	@$(BIN)/python -m benchmarks.grounding
 	@$(BIN)/python -m benchmarks.tables
 
 tables: venv

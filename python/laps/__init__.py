@@ -6,7 +6,8 @@
 - :mod:`laps.ops`: the operators registered with PyTorch;
 - :class:`laps.LAPS`: the whole model, with :mod:`laps.encoders` and :mod:`laps.heads`;
 - :mod:`laps.data`, :mod:`laps.train`, :func:`laps.evaluate`, :mod:`laps.metrics`: from files to a trained,
-  measured model.
+  measured model;
+- :func:`laps.explain`: why an image and a caption have their score.
 
 Example:
     >>> import laps, torch
@@ -25,9 +26,10 @@ from ._laps import __version__
 from .errors import LapsError, LapsTypeError, LapsValueError
 
 if TYPE_CHECKING:
-    from . import config, data, metrics, train
+    from . import config, data, metrics, plot, train
     from .config import LAPSConfig
     from .evaluation import evaluate
+    from .explanation import explain
     from .model import LAPS
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "encoders",
     "errors",
     "evaluate",
+    "explain",
     "functional",
     "heads",
     "info",
@@ -50,6 +53,7 @@ __all__ = [
     "nn",
     "objective",
     "ops",
+    "plot",
     "train",
 ]
 
@@ -60,7 +64,9 @@ _LAZY = {
     "config": None,
     "data": None,
     "evaluate": "evaluation",
+    "explain": "explanation",
     "metrics": None,
+    "plot": None,
     "train": None,
 }
 

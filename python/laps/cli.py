@@ -150,6 +150,28 @@ def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
     )
 
 
+def _explain(options: argparse.Namespace) -> int:
+    from ._device import choose_device
+    from ._files import require_writable
+    from .explanation import check_suffix, explain
+    from .model import LAPS
+
+    if options.out is not None:
+        require_writable(options.out)
+        check_suffix(options.out)
+    device = choose_device("laps explain", options.device)
+    why = explain(LAPS.from_pretrained(options.model).to(device), options.image, options.caption)
+    at = why.attribution
+    print(f"score {why.score:.3f}; {at.kept.sum()} of {at.kept.size} patches kept")
+    widest = max(len(word.text) for word in why.words)
+    for word in why.words:
+        print(f"  {word.share:6.3f}  {word.text:{widest}}  {why.token_names[word.token]}")
+    if options.out is not None:
+        why.save(options.out)
+        print(f"Wrote {options.out}")
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
     import torch
 
@@ -255,6 +277,16 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(commands.add_parser("train", help="train a model on a data set"))
     _add_eval(commands.add_parser("eval", help="recall of a trained model on a split"))
+
+    why = commands.add_parser("explain", help="why an image and a caption have their score")
+    why.add_argument("image", type=Path, help="an image file")
+    why.add_argument("caption", help="a sentence")
+    why.add_argument("--model", required=True, metavar="PATH_OR_ID", help="folder or hub id of a model")
+    why.add_argument(
+        "-o", "--out", type=Path, help="the page (.html), data (.json) or arrays (.npz) to write"
+    )
+    why.add_argument("--device", help="such as cpu or cuda:0 (default: cuda where there is one)")
+    why.set_defaults(command=_explain)
 
     data = commands.add_parser("data", help="look at data sets, or make one")
     data_commands = data.add_subparsers(metavar="COMMAND", required=True)

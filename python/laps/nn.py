@@ -12,6 +12,7 @@ from torch.amp.autocast_mode import is_autocast_available
 from . import _check
 from . import functional as F
 from ._precision import wide
+from .attribution import Attribution, attribute
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads.base import SimilarityHead, mean_of_words, register_head
@@ -545,6 +546,16 @@ class LAPSHead(SimilarityHead):
         """Scores (B,) of image i with caption i, the diagonal of `similarity`."""
         scores: Tensor = F.similarity_pairwise(**self._feature_arguments(images, texts), **self._options())
         return scores
+
+    def explain(self, images: ImageFeatures, texts: TextFeatures) -> Attribution:
+        """Where the score of one image and one caption comes from; no selection is sampled."""
+        options = self._options()
+        for name in ("chunk", "backend", "seed"):
+            del options[name]
+        given = self._feature_arguments(images, texts)
+        length = int(given.pop("word_lengths")[0])
+        one: dict[str, Any] = {name: None if x is None else x[0] for name, x in given.items()}
+        return attribute(**one | {"words": one["words"][:length]}, **options)
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor

@@ -824,6 +824,58 @@ def align_patches_words(
     return scores, F.pad(alignment, (0, words.shape[1] - alignment.shape[-1]))
 
 
+class Stages(NamedTuple):
+    """What happens between images and captions on the way to their scores; float64."""
+
+    self_scores: Tensor  # a (b, N)
+    text_scores: Tensor | None  # b (b, t, N); None where the text takes no part
+    scores: Tensor  # s (b, t, N)
+    decision: Tensor  # D (b, t, N), bool
+    # Of each token made of patches, the fused one last; rows sum to 1, or are zeros where there is no token.
+    weights: Tensor  # (b, t, N_c + 1, N)
+    tokens: Tensor  # (b, t, P + N_c + 1, C), normalised, prefix first, the fused one last
+    lengths: Tensor  # (b, t, N_c + 1), of sum_i weights_i v_i
+
+
+@_full_precision
+def stages(
+    patches: Tensor,
+    words: Tensor,
+    word_lengths: Tensor,
+    logits: Tensor,
+    *,
+    prefix: Tensor | None = None,
+    keep_prob: Tensor | None = None,
+    **options: Any,
+) -> Stages:
+    """The steps of `similarity`, for explanations: nothing is spared, and no gradient is kept.
+
+    A pair that drops no patch, and every pair without `fusion`, has zeros for its fused token. The features
+    must be finite.
+    """
+    given = Options(**options)
+    with torch.no_grad():
+        images = _images(0, given.score, keep_prob is not None, patches, logits, prefix, keep_prob)
+        captions = _captions(words[None], word_lengths[None], 0, given.score)
+        own = images.rows.self_scores
+        of_text = None
+        if given.language_context:
+            of_text = _selection_scores(images.rows, captions, None, given) - own[:, None]
+        scores = _selection_scores(images.rows, captions, images.keep_prob, given)
+        decision = _decide(scores, images, captions, given)
+        decision = decision if decision.dtype == torch.bool else decision.double()
+        weights = _aggregation_weights(images.logits.double()[:, None], decision[:, :, None])
+        fused = _fusion_weights(scores, decision) * given.fusion
+        weights = torch.cat([weights, fused.nan_to_num()[:, :, None]], dim=2)
+        weights = F.normalize(weights, p=1, dim=-1)
+        sums = weights @ patches.double()[:, None]
+        reach = weights @ _polar(patches.double())[1][:, None]
+        tokens, lengths = _polar(sums, (ZERO * reach).clamp(min=torch.finfo(torch.float64).tiny))
+        directions = images.prefix.double()[:, None].expand(-1, tokens.shape[1], -1, -1)
+        tokens = torch.cat([directions, tokens], dim=2)
+    return Stages(own, of_text, scores, decision == 1, weights, tokens, lengths.squeeze(-1))
+
+
 @_full_precision
 def max_sim(patches: Tensor, words: Tensor, word_lengths: Tensor, *, chunk: int | None = None) -> Tensor:
     """S (B_v, B_t) = sum_j max_i v_i . w_j over the real words, vectors as they are.

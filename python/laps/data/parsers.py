@@ -25,7 +25,7 @@ def pair_files(folder: Path) -> list[Path]:
     return sorted(file for suffix in PAIR_SUFFIXES for file in folder.glob(f"*{suffix}"))
 
 
-def _text(operation: str, file: Path) -> str:
+def text_of(operation: str, file: Path) -> str:
     """The text of a file, of UTF-8 with or without a byte order mark."""
     try:
         return file.read_bytes().decode("utf-8-sig")
@@ -39,7 +39,7 @@ def _text(operation: str, file: Path) -> str:
         ) from error
 
 
-def _json(operation: str, text: str, file: Path, line: int = 1) -> Any:
+def json_of(operation: str, text: str, file: Path, line: int = 1) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -48,7 +48,7 @@ def _json(operation: str, text: str, file: Path, line: int = 1) -> Any:
         ) from error
 
 
-def _field(operation: str, place: str, entry: object, key: str, kind: type = str) -> Any:
+def field_of(operation: str, place: str, entry: object, key: str, kind: type = str) -> Any:
     """The value of a key, which has to be there and of the right type."""
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or value == "":
@@ -63,19 +63,19 @@ def _field(operation: str, place: str, entry: object, key: str, kind: type = str
 
 
 def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
-    content = _json(operation, _text(operation, file), file)
-    entries = _field(operation, str(file), content, "images", list)
+    content = json_of(operation, text_of(operation, file), file)
+    entries = field_of(operation, str(file), content, "images", list)
     names = [content["dataset"]] if isinstance(content.get("dataset"), str) else []
     folders = likely_folders(file.parent, *names)
     found: dict[str, Listing] = {}
     for number, entry in enumerate(entries):
         place = f"{file}: images[{number}]"
-        split = _field(operation, place, entry, "split")
+        split = field_of(operation, place, entry, "split")
         split = "train" if split == "restval" else split
         listing = found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}: images[{{}}]", folders))
-        folder, name = entry.get("filepath") or "", _field(operation, place, entry, "filename")
+        folder, name = entry.get("filepath") or "", field_of(operation, place, entry, "filename")
         image = listing.add_image(f"{folder}/{name}" if folder else name)
-        for sentence in _field(operation, place, entry, "sentences", list):
+        for sentence in field_of(operation, place, entry, "sentences", list):
             if not isinstance(sentence, dict) or not isinstance(sentence.get("raw"), str):
                 raise LapsValueError(
                     _check.message(operation, f"{place} has a sentence without 'raw'", "'raw': str", sentence)
@@ -87,9 +87,9 @@ def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
 def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
     captions_file, ids_file = folder / f"{split}{CAPTIONS_END}", folder / f"{split}_ids.txt"
     # Lines end at a line feed only: captions may hold Unicode's other separators.
-    text = _text(operation, captions_file)
+    text = text_of(operation, captions_file)
     captions = text.removesuffix("\n").split("\n") if text else []
-    ids = _text(operation, ids_file).split()
+    ids = text_of(operation, ids_file).split()
     if bool(ids) != bool(captions) or (ids and len(captions) % len(ids)):
         raise LapsValueError(
             _check.message(
@@ -149,7 +149,7 @@ def _id_mapping(operation: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     candidates = [folder / "id_mapping.json", folder.parent / "id_mapping.json"]
     for file in candidates:
         if file.is_file():
-            mapping = _json(operation, _text(operation, file), file)
+            mapping = json_of(operation, text_of(operation, file), file)
             if not isinstance(mapping, dict):
                 raise LapsValueError(
                     _check.message(
@@ -178,7 +178,7 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
     for line, row in rows(operation, file):
         place = f"{file}:{line}"
         if "split" in row:
-            split = _field(operation, place, row, "split")
+            split = field_of(operation, place, row, "split")
         else:
             split = file.stem if file.stem in SPLIT_NAMES else "all"
         if split in found and found[split].files:
@@ -189,8 +189,8 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
             folders = likely_folders(file.parent, file.stem)
             splits[split] = Listing(f"{file.name}/{split}", f"{file}:{{}}", folders)
         if not isinstance(row.get("caption"), str):
-            _field(operation, place, row, "caption")
-        image = splits[split].add_image(_field(operation, place, row, "image"))
+            field_of(operation, place, row, "caption")
+        image = splits[split].add_image(field_of(operation, place, row, "image"))
         splits[split].add_caption(image, row["caption"], line)
     if not splits:
         split = file.stem if file.stem in SPLIT_NAMES else "all"
@@ -200,9 +200,9 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
 
 
 def _json_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(_text(operation, file).split("\n"), 1):
+    for line, text in enumerate(text_of(operation, file).split("\n"), 1):
         if text.strip():
-            row = _json(operation, text, file, line)
+            row = json_of(operation, text, file, line)
             if not isinstance(row, dict):
                 raise LapsValueError(
                     _check.message(operation, f"{file}:{line} is no object", "{...}", _check.name_of(row))
@@ -216,7 +216,7 @@ def _unquoted(cell: str) -> str:
 
 
 def _csv_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text, tabs = io.StringIO(_text(operation, file), newline=""), file.suffix == ".tsv"
+    text, tabs = io.StringIO(text_of(operation, file), newline=""), file.suffix == ".tsv"
     if tabs:
         # Few tab-separated files quote, and captions begin with quotation marks: only whole cells count.
         reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)

@@ -13,12 +13,17 @@ from functools import partial
 from pathlib import Path
 
 from ..data import RetrievalData, load, make_scenes
+from ..data.phrases import read_scene_words
 from ..errors import LapsValueError
 from ..evaluation import Evaluation, evaluate
+from ..grounding import GroundingResult, evaluate_grounding
 from .lookalikes import TestScenes, rank_accuracy
 from .recipe import HEADS, PRETRAINING_HEAD, TITLES, Sizes, Trained, train
 
 __all__ = ["Measured", "measure"]
+
+# Scenes whose words are asked what they point at: five captions each, a few seconds.
+GROUNDED = 200
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Measured:
         pretrained: what the encoders of both models started from.
         trained, evaluations: the models, and what they reach on `test`.
         lookalikes: percentage of look-alikes told apart, see :func:`laps.demo.lookalikes.rank_accuracy`.
+        grounding: what the word maps of LAPS point at, on the first of the test scenes.
         seconds: per phase.
         cpu_seconds: of this process and its workers.
     """
@@ -45,6 +51,7 @@ class Measured:
     trained: dict[str, Trained] = field(default_factory=dict)
     evaluations: dict[str, Evaluation] = field(default_factory=dict)
     lookalikes: dict[str, float] = field(default_factory=dict)
+    grounding: GroundingResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     cpu_seconds: float = 0.0
 
@@ -74,6 +81,12 @@ def measure(out: Path, *, seed: int, sizes: Sizes, progress: bool) -> Measured:
             result = evaluate(trained.model, test, progress=progress)
         measured.trained[head], measured.evaluations[head] = trained, result
         measured.lookalikes[head] = rank_accuracy(result.scores, pairs)
+    with timed(seconds, "grounding", "asking what the words point at"):
+        words = read_scene_words(file, "test")
+        scenes = set(test.image_paths[:GROUNDED])
+        model, chosen = measured.trained["laps"].model, [word for word in words if word.image in scenes]
+        if chosen:
+            measured.grounding = evaluate_grounding(model, chosen, progress=progress)
     measured.cpu_seconds = _cpu_seconds() - cpu
     return measured
 

@@ -1,26 +1,13 @@
-"""The report's pictures: patches and heat maps as PNG, learning curves as SVG."""
+"""The report's pictures: files as they are, learning curves as SVG."""
 
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-ScalarT = TypeVar("ScalarT", bound=np.generic)
-
-__all__ = ["curves", "file_uri", "heat_map", "kept_patches", "png_uri"]
-
-# Pixels: three times a scene, so that its patches have sharp edges on any screen.
-SIDE = 288
-# Orange of Okabe and Ito's palette, told apart from grey under every form of colour blindness.
-HEAT = np.array([230.0, 159.0, 0.0])
+__all__ = ["curves", "file_uri"]
 
 
 def file_uri(path: Path) -> str:
@@ -28,48 +15,8 @@ def file_uri(path: Path) -> str:
     return _uri("jpeg", path.read_bytes())
 
 
-def png_uri(image: Image.Image) -> str:
-    """An image as a data URI, without loss."""
-    stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True)
-    return _uri("png", stream.getvalue())
-
-
 def _uri(kind: str, content: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def kept_patches(image: Image.Image, kept: NDArray[np.bool_]) -> Image.Image:
-    """The image with every patch that is not in the (G, G) mask turned to a dark grey."""
-    pixels = _enlarged(image)
-    grey = np.broadcast_to(0.35 * pixels.mean(-1, keepdims=True) + 20, pixels.shape)
-    return _image(np.where(_on_pixels(kept)[..., None], pixels, grey))
-
-
-def heat_map(image: Image.Image, weights: NDArray[np.float32]) -> Image.Image:
-    """The image in grey; a patch is the more orange the nearer its weight, of (G, G), is to the largest."""
-    pixels = _enlarged(image)
-    grey = np.broadcast_to(0.7 * pixels.mean(-1, keepdims=True), pixels.shape)
-    largest = float(weights.max())
-    share = _on_pixels(weights / largest if largest > 0 else weights)[..., None]
-    return _image((1 - 0.75 * share) * grey + 0.75 * share * HEAT)
-
-
-def _enlarged(image: Image.Image) -> NDArray[np.float64]:
-    return np.asarray(image.resize((SIDE, SIDE), Image.Resampling.LANCZOS), dtype=np.float64)
-
-
-def _on_pixels(grid: NDArray[ScalarT]) -> NDArray[ScalarT]:
-    """Values of (G, G) patches as values of pixels, whether or not G divides their number."""
-    patch = np.arange(SIDE) * len(grid) // SIDE
-    return grid[np.ix_(patch, patch)]
-
-
-def _image(pixels: NDArray[np.float64]) -> Image.Image:
-    return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
-
-
-# ---- curves
 
 
 def curves(title: str, series: Mapping[str, Sequence[float]], *, decimals: int = 0) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,8 +114,13 @@ def settings() -> dict[str, Any]:
     }
 
 
-def build_model(head: str, tokenizer: CaptionTokenizer, seed: int) -> LAPS:
-    """An untrained model of half a million weights; the encoders of both heads start equal."""
+def build_model(
+    head: str, tokenizer: CaptionTokenizer, seed: int, options: Mapping[str, Any] | None = None
+) -> LAPS:
+    """An untrained model of half a million weights; the encoders of both heads start equal.
+
+    `options` of the head go before the demo's own.
+    """
     torch.manual_seed(seed)
     # A convolutional network: from random weights it learns in half a minute what a vision transformer of
     # this size learns in two. And it has no [CLS] token: that sees the whole scene, and all words match it.
@@ -144,7 +150,7 @@ def build_model(head: str, tokenizer: CaptionTokenizer, seed: int) -> LAPS:
         embed_dim=EMBED_DIM,
         num_patches=images.num_patches,
         num_prefix_tokens=images.num_prefix_tokens,
-        **HEAD_OPTIONS[head],
+        **HEAD_OPTIONS[head] | dict(options or {}),
     )
     if isinstance(built, LAPSHead):
         torch.nn.init.constant_(built.aggregation.scale, AGGREGATION_SCALE)
@@ -166,6 +172,7 @@ def train(
     folder: Path,
     *,
     start: LAPS | None = None,
+    options: Mapping[str, Any] | None = None,
     sizes: Sizes,
     seed: int,
     progress: bool,
@@ -180,6 +187,7 @@ def train(
         start: what the encoders are copied from; its head is left behind. None for random weights: this is
             the pretraining. The encoders of the paper, too, know pictures and sentences before they meet its
             head; words that each look for their best patch learn little from random ones in a few minutes.
+        options: of the head, before the demo's own.
         sizes: how long.
         seed: of the weights and the order.
         progress: whether bars are shown.
@@ -189,13 +197,13 @@ def train(
     """
     if start is None:
         tokenizer = CaptionTokenizer.train(train_data.captions, vocab_size=VOCABULARY)
-        model = build_model(head, tokenizer, seed)
+        model = build_model(head, tokenizer, seed, options)
         epochs, rate = sizes.pretraining_epochs, PRETRAINING_RATE
     else:
         assert start.tokenizer is not None
         # Another order than the pretraining's, in which every caption would meet the same negatives again.
         seed += 1
-        model = build_model(head, start.tokenizer, seed)
+        model = build_model(head, start.tokenizer, seed, options)
         model.image_encoder.load_state_dict(start.image_encoder.state_dict())
         model.text_encoder.load_state_dict(start.text_encoder.state_dict())
         epochs, rate = sizes.epochs, TRAINING_RATE

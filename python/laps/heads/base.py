@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from ..attribution import Attribution
 from ..errors import LapsTypeError, LapsValueError
 from ..features import ImageFeatures, Span, TextFeatures
 
@@ -52,6 +53,23 @@ class SimilarityHead(nn.Module, ABC):
     @abstractmethod
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B,) of image i with caption i."""
+
+    def explain(self, images: ImageFeatures, texts: TextFeatures) -> Attribution:
+        """Where the score of one image and one caption comes from.
+
+        Args:
+            images: of one image.
+            texts: of one caption.
+
+        Raises:
+            LapsValueError: a head whose scores are not made of patches and words, or features that are not
+                finite.
+        """
+        raise LapsValueError(
+            _check.message(
+                "explain", f'the head "{self.name}" tells nothing of patches and words', 'such as "laps"'
+            )
+        )
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
