@@ -73,7 +73,8 @@ class Attribution:
     @property
     def best_tokens(self) -> NDArray[np.int64]:
         """(l,), the token that each word is matched with."""
-        return self.alignment.argmax(0)
+        best: NDArray[np.int64] = self.alignment.argmax(0)
+        return best
 
     @property
     def groups(self) -> NDArray[np.int64]:

@@ -5,7 +5,7 @@ Every function draws into axes that you give, or into a new figure; nothing is s
 what adds to a score and blue what takes from it, in the palette of Okabe and Ito, which colour-blind readers
 tell apart; panels that belong together share one scale.
 
-Needs matplotlib: ``pip install "laps-rs[plot]"``.
+Needs matplotlib, as the extra ``plot`` brings it.
 
 Example:
     >>> import laps  # doctest: +SKIP
@@ -37,7 +37,7 @@ try:
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
-        _check.message("laps.plot", "matplotlib is not installed", 'pip install "laps-rs[plot]"')
+        _check.message("laps.plot", "matplotlib is not installed", "pip install matplotlib")
     ) from error
 
 __all__ = [
