@@ -85,7 +85,7 @@ def test_words_share_one_scale(whys: list[Explanation]) -> None:
     most = max(abs(word.patch_shares).max() for word in why.words if word.text in ("blue", "square", "star"))
     for ax, text in zip(panels, ("blue", "square", "star"), strict=True):
         word = next(word for word in why.words if word.text == text)
-        strength = overlay(ax)[..., 3] / 0.9
+        strength = (overlay(ax)[..., 3] / 0.9) ** 2
         np.testing.assert_allclose(strength, abs(why.on_grid(word.patch_shares)) / most, atol=0.01)
         assert ax.get_title() == f"{text}  ({word.share:+.3f})"
     assert len(plot.word_maps(why)) == len(CAPTIONS[1].split())
@@ -94,7 +94,7 @@ def test_words_share_one_scale(whys: list[Explanation]) -> None:
 def test_gradient_maps_and_positions(whys: list[Explanation]) -> None:
     ax = plot.word_map(whys[0], 2, kind="gradient")
     values = whys[0].on_grid(whys[0].words[2].map)
-    np.testing.assert_allclose(overlay(ax)[..., 3] / 0.9, values / values.max(), atol=0.01)
+    np.testing.assert_allclose((overlay(ax)[..., 3] / 0.9) ** 2, values / values.max(), atol=0.01)
     with pytest.raises(laps.LapsValueError, match="no word 'zebra'"):
         plot.word_map(whys[0], "zebra")
     with pytest.raises(laps.LapsValueError, match="no such word"):

@@ -54,9 +54,12 @@ __all__ = [
 ORANGE, BLUE, GREEN, RED = "#E69F00", "#56B4E9", "#009E73", "#D55E00"
 # Of groups; white comes last.
 PALETTE = [ORANGE, BLUE, GREEN, "#F0E442", "#0072B2", RED, "#CC79A7", "#FFFFFF"]
-HEAT = colors.LinearSegmentedColormap.from_list(
-    "laps", [(0.34, 0.71, 0.91, 0.9), (0.5, 0.5, 0.5, 0.0), (0.9, 0.62, 0.0, 0.9)]
-)
+# Of values that lie on no image.
+LINEAR = colors.LinearSegmentedColormap.from_list("laps linear", [BLUE, "#FFFFFF", ORANGE])
+# How much of an image the strongest colour hides.
+COVER = 0.9
+# Less than this share of the strongest is no reason to show the scale's negative half.
+SEEN = 0.02
 # How dark a dropped patch is.
 SHADE = 0.78
 # Inches of a panel's width.
@@ -166,7 +169,7 @@ def word_map(
     found = _word(why, word)
     values = _values(found, kind)
     most = most or float(np.abs(values).max()) or 1.0
-    scale = ScalarMappable(colors.Normalize(-most, most), HEAT)
+    scale = ScalarMappable(colors.Normalize(-most, most), _heat(opaque=False))
     _show(why, ax, grey=True)
     _overlay(why, ax, scale.to_rgba(why.on_grid(values)))
     ax.set_title(f"{found.text}  ({found.share:+.3f})", fontsize="medium")
@@ -198,7 +201,7 @@ def word_maps(
     most = max(float(np.abs(v).max()) for v in values) or 1.0
     for ax, word in zip(panels, chosen, strict=True):
         word_map(why, word, ax, kind=kind, most=most, colorbar=False)
-    scale = ScalarMappable(colors.Normalize(-most, most), HEAT)
+    scale = ScalarMappable(colors.Normalize(-most, most), _heat(opaque=False))
     _colorbar(panels, scale, np.concatenate(values), kind)
     return panels
 
@@ -210,7 +213,7 @@ def alignment(why: Explanation, ax: Axes | None = None) -> Axes:
     if ax is None:
         _, ax = pyplot.subplots(figsize=(1.5 + 0.32 * columns, 1 + 0.2 * rows), layout="constrained")
     most = float(np.abs(at.alignment).max()) or 1.0
-    picture = ax.imshow(at.alignment, cmap=_opaque(), vmin=-most, vmax=most, aspect="auto")
+    picture = ax.imshow(at.alignment, cmap=LINEAR, vmin=-most, vmax=most, aspect="auto")
     token, word = np.nonzero(at.shares)
     ax.scatter(word, token, s=18, facecolors="none", edgecolors="black", linewidths=0.8)
     ax.set_yticks(range(rows), why.token_names, fontsize="small")
@@ -394,16 +397,24 @@ def _wrapped(text: str, width: int = 26) -> str:
     return "\n".join(textwrap.wrap(text.replace("$", r"\$"), width))
 
 
-def _opaque() -> colors.Colormap:
-    return colors.LinearSegmentedColormap.from_list("laps", [BLUE, "#FFFFFF", ORANGE])
+def _heat(*, opaque: bool) -> colors.Colormap:
+    """Blue below zero and orange above, the more the further, by the root so that little is seen; on white,
+    or as a layer over an image.
+    """
+    values = np.linspace(-1, 1, 513)[:, None]
+    paint = np.where(values < 0, colors.to_rgb(BLUE), colors.to_rgb(ORANGE))
+    cover = COVER * np.sqrt(np.abs(values))
+    if opaque:
+        return colors.ListedColormap(cover * paint + (1 - cover), name="laps")
+    return colors.ListedColormap(np.hstack([paint, cover]), name="laps over an image")
 
 
 def _colorbar(axes: Axes | Sequence[Axes], scale: ScalarMappable, values: NDArray[Any], kind: str) -> None:
     """The scale on white, without the half that nothing has."""
     first = axes if isinstance(axes, Axes) else axes[0]
-    opaque = ScalarMappable(scale.norm, _opaque())
+    opaque = ScalarMappable(scale.norm, _heat(opaque=True))
     bar = first.figure.colorbar(opaque, ax=axes, shrink=0.75, label=LABELS[kind])
-    if not (values < 0).any():
+    if values.min() > -SEEN * np.abs(values).max():
         bar.ax.set_ylim(bottom=0)
 
 
