@@ -27,7 +27,7 @@ for (const root of document.querySelectorAll(".laps-why:not([data-ready])")) {
 
   function paintBase() {
     frame.classList.toggle("grey", mode !== "words");
-    cells.forEach((cell) => { cell.style.background = ""; cell.classList.remove("marked"); });
+    cells.forEach((cell) => { cell.style.background = cell.style.borderRight = cell.style.borderBottom = ""; cell.classList.remove("marked"); });
     if (mode === "words") {
       cells.forEach((cell, i) => cell.classList.toggle("dropped", !data.kept[i]));
       scale.textContent = "Dark: dropped patches, which form one token together.";
@@ -35,6 +35,10 @@ for (const root of document.querySelectorAll(".laps-why:not([data-ready])")) {
       cells.forEach((cell, i) => {
         cell.classList.toggle("dropped", !data.kept[i]);
         if (data.kept[i]) cell.style.background = COLOURS[data.groups[i] % COLOURS.length] + "99";
+        // Neighbours may have the same colour and be of different tokens.
+        const line = (j) => (data.groups[j] !== data.groups[i] ? "1px solid #fff" : "");
+        if ((i + 1) % data.columns) cell.style.borderRight = line(i + 1);
+        if (cells[i + data.columns]) cell.style.borderBottom = line(i + data.columns);
       });
       scale.textContent = "One colour per token; after eight they come again. Dark: dropped.";
     } else {
