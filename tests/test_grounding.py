@@ -262,3 +262,22 @@ def test_intervals_know_that_phrases_share_images() -> None:
         return at["pointing_high"] - at["pointing_low"]
 
     assert width(np.arange(100) // 10) > 1.5 * width(np.arange(100))
+
+
+def test_the_benchmark_writes_what_its_table_is_made_from(tmp_path: Path) -> None:
+    from benchmarks import grounding, tables
+
+    file = tmp_path / "grounding.json"
+    tiny = {"train": 16, "dev": 4, "test": 4, "pretraining-epochs": 1, "epochs": 1, "batch-size": 16}
+    sizes = [text for name, value in tiny.items() for text in (f"--{name}", str(value))]
+    for seed in ("1", "0"):
+        assert grounding.main(["--seeds", seed, "--output", str(file), *sizes]) == 0
+    result = json.loads(file.read_text())
+    assert list(result["seeds"]) == ["0", "1"]
+    for seed in result["seeds"].values():
+        ours, theirs = (seed["forms"][form]["shares"]["all"] for form in grounding.FORMS)
+        assert ours["phrases"] == theirs["phrases"] > 0
+        assert seed["lead"]["mean"] == pytest.approx(ours["pointing"] - theirs["pointing"])
+        assert seed["lead"]["low"] <= seed["lead"]["mean"] <= seed["lead"]["high"]
+    assert result["summary"]["low"] <= result["summary"]["lead"] <= result["summary"]["high"]
+    assert "| 1 |" in tables.grounding_table(result)
