@@ -11,13 +11,10 @@ development scenes is evaluated on the test scenes. The result is written after 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,17 @@ from laps.demo.recipe import HEADS, Sizes, settings
 from laps.demo.report import chance
 
 from benchmarks import machine
+from benchmarks.seeds import Command, run_seeds
 
 RESULT = machine.RESULTS / "scenes.json"
-SEEDS = (0, 1, 2)
 
 
 def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
     """Metrics of both heads, the share of look-alikes that each tells apart, and the time."""
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), seed=seed, sizes=sizes, progress=True)
+    rsum = {head: measured.evaluations[head].metrics["rsum"] for head in HEADS}
+    print("rSum: " + ", ".join(f"{head} {value:.1f}" for head, value in rsum.items()))
     return {
         "metrics": {head: measured.evaluations[head].metrics for head in HEADS},
         "lookalikes": measured.lookalikes,
@@ -69,41 +68,9 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def earlier(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The seeds that the file holds, if they were measured with the same settings."""
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    seeds: dict[str, Any] = found["seeds"] if found["settings"] == wanted else {}
-    return seeds
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(default: 0 1 2)")
-    parser.add_argument("--output", type=Path, default=RESULT, help="(default: results/scenes.json)")
-    for name, value in asdict(Sizes()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=value, help="(default: %(default)s)"
-        )
-    options = parser.parse_args(argv)
-    sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
-
-    # As JSON has it, to be compared with what the file holds.
-    wanted = json.loads(json.dumps({"sizes": asdict(sizes), **settings()}))
-    seeds = earlier(options.output, wanted)
-    for seed in options.seeds:
-        print(f"\nseed {seed}", flush=True)
-        seeds[str(seed)] = found = measure_seed(seed, sizes)
-        rsum = {head: found["metrics"][head]["rsum"] for head in HEADS}
-        print("rSum: " + ", ".join(f"{head} {value:.1f}" for head, value in rsum.items()))
-        seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
-        machine.write(
-            options.output,
-            {"machine": machine.describe(), "settings": wanted, "seeds": seeds, "summary": summary(seeds)},
-        )
-    return 0
+    return run_seeds(Command("demo", __doc__, RESULT, settings()), measure_seed, summary, argv)
 
 
 if __name__ == "__main__":

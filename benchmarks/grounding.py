@@ -13,43 +13,30 @@ over images; that of the difference draws the images anew, and with them both mo
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from laps.data import load, make_scenes
 from laps.data.phrases import read_scene_words
 from laps.demo.recipe import PRETRAINING_HEAD, Sizes, settings, train
-from laps.grounding import GroundingResult, evaluate_grounding
+from laps.grounding import GroundingResult, bootstrap_interval, evaluate_grounding
 
 from benchmarks import machine
-from benchmarks.demo import earlier
+from benchmarks.seeds import Command, run_seeds
 
 RESULT = machine.RESULTS / "grounding.json"
-SEEDS = (0, 1, 2)
 FORMS: dict[str, dict[str, Any]] = {"laps": {}, "all patches": {"selection": "none"}}
-RESAMPLES = 2000
 
 
 def difference(ours: GroundingResult, theirs: GroundingResult) -> dict[str, float]:
     """How many more of 100 words point right, with its 95 % interval; both saw the same words."""
-    _, group = np.unique(ours.images, return_inverse=True)
-    lead = np.bincount(group, ours.hits.astype(float) - theirs.hits)
-    counts = np.bincount(group)
-    drawn = np.random.default_rng(0).integers(0, len(lead), (RESAMPLES, len(lead)))
-    low, high = np.quantile(lead[drawn].sum(1) / counts[drawn].sum(1), [0.025, 0.975])
-    return {
-        "mean": 100 * float(lead.sum() / counts.sum()),
-        "low": 100 * float(low),
-        "high": 100 * float(high),
-    }
+    lead = ours.hits.astype(float) - theirs.hits
+    low, high = bootstrap_interval(lead, ours.images)
+    return {"mean": 100 * float(lead.mean()), "low": 100 * low, "high": 100 * high}
 
 
 def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
@@ -112,29 +99,8 @@ def summary(seeds: dict[str, Any]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.grounding", description=__doc__.split("\n\n")[0]
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="(default: 0 1 2)")
-    parser.add_argument("--output", type=Path, default=RESULT, help="(default: results/grounding.json)")
-    for name, value in asdict(Sizes()).items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=int, default=value, help="(default: %(default)s)"
-        )
-    options = parser.parse_args(argv)
-    sizes = Sizes(**{name: getattr(options, name) for name in asdict(Sizes())})
-
-    wanted = json.loads(json.dumps({"sizes": asdict(sizes), "forms": FORMS, **settings()}))
-    seeds = earlier(options.output, wanted)
-    for seed in options.seeds:
-        print(f"\nseed {seed}", flush=True)
-        seeds[str(seed)] = measure_seed(seed, sizes)
-        seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
-        machine.write(
-            options.output,
-            {"machine": machine.describe(), "settings": wanted, "seeds": seeds, "summary": summary(seeds)},
-        )
-    return 0
+    command = Command("grounding", __doc__, RESULT, {"forms": FORMS, **settings()})
+    return run_seeds(command, measure_seed, summary, argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from laps.demo.recipe import HEADS, Sizes, settings
 from test_benchmarks import MACHINE
 
-from benchmarks import demo, tables
+from benchmarks import demo, seeds, tables
 
 
 def seed(laps: float, vse: float) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def test_seeds_of_other_settings_are_not_kept(tmp_path: Path) -> None:
     wanted = {"sizes": {"train": 8}, **settings()}
     path.write_text(json.dumps({"settings": wanted, "seeds": {"0": {}}}))
 
-    assert demo.earlier(path, json.loads(json.dumps(wanted))) == {"0": {}}
-    assert demo.earlier(path, {**wanted, "sizes": {"train": 9}}) == {}
-    assert demo.earlier(tmp_path / "absent.json", wanted) == {}
+    assert seeds.earlier(path, json.loads(json.dumps(wanted))) == {"0": {}}
+    assert seeds.earlier(path, {**wanted, "sizes": {"train": 9}}) == {}
+    assert seeds.earlier(tmp_path / "absent.json", wanted) == {}
 
 
 def test_one_seed_runs_and_a_second_one_joins_it(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ class GroundingResult:
         if not chosen.any():
             known = ", ".join(sorted(set(self.categories)))
             raise LapsValueError(_check.message("summary", f"no phrase is of {category!r}", known))
-        low, high = _interval(self.hits[chosen], self.images[chosen])
+        low, high = bootstrap_interval(self.hits[chosen], self.images[chosen])
         return {
             "phrases": int(chosen.sum()),
             "pointing": 100 * float(self.hits[chosen].mean()),
@@ -168,10 +168,10 @@ class GroundingResult:
         return "\n".join(lines)
 
 
-def _interval(hits: NDArray[np.bool_], images: NDArray[np.int64]) -> tuple[float, float]:
-    """The middle 95 % of the mean over images that are drawn anew; the same draws in every call."""
+def bootstrap_interval(values: NDArray[Any], images: NDArray[np.int64]) -> tuple[float, float]:
+    """The middle 95 % of the mean of values over images that are drawn anew; the same draws in every call."""
     _, group = np.unique(images, return_inverse=True)
-    sums, counts = np.bincount(group, hits), np.bincount(group)
+    sums, counts = np.bincount(group, values), np.bincount(group)
     drawn = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.quantile(means, [0.025, 0.975])
