@@ -123,6 +123,29 @@ def test_stages_are_those_of_the_oracle(
     np.testing.assert_allclose(at.token_weights, torch.stack(weights), atol=1e-9)
 
 
+@settings(deadline=None, max_examples=30)
+@given(options=OPTIONS, seed=st.integers(0, 99), kept=st.integers(1, 2**9 - 1))
+def test_another_selection_can_be_explained(options: dict[str, Any], seed: int, kept: int) -> None:
+    head, images, texts = one_pair(options, (9, 1, 3), seed, torch.float64)
+    mask = torch.tensor([bool(kept >> i & 1) for i in range(9)])
+    at = head.explain(images, texts, mask=mask)
+    np.testing.assert_array_equal(at.kept, mask)
+    own = head.explain(images, texts)
+    np.testing.assert_array_equal(at.selection_scores, own.selection_scores)
+    assert head.explain(images, texts, mask=torch.from_numpy(own.kept)).score == own.score
+    if head.score is None:
+        arguments = head._feature_arguments(images, texts) | head._options()
+        expected = laps.functional.similarity(**arguments, mask=mask[None, None])
+        assert at.score == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_a_mask_that_does_not_fit_is_refused() -> None:
+    head, images, texts = one_pair({}, (9, 1, 3), 0, torch.float64)
+    for mask in (torch.ones(8, dtype=torch.bool), torch.ones(9), torch.zeros(9, dtype=torch.bool)):
+        with pytest.raises(laps.LapsValueError, match="explain: mask does not fit"):
+            head.explain(images, texts, mask=mask)
+
+
 def test_maps_are_weights_times_gradients() -> None:
     head, images, texts = one_pair({}, (9, 1, 3), 0, torch.float64)
     at = head.explain(images, texts)

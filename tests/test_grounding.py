@@ -16,7 +16,7 @@ from _models import CAPTIONS, bert_tokenizer, tiny_laps
 from hypothesis import given
 from hypothesis import strategies as st
 from laps.data.phrases import Phrase, read_flickr_entities, read_refcoco, read_scene_words
-from laps.grounding import GroundingResult, evaluate_grounding, overlap, phrase_map, pointing_hit
+from laps.grounding import GroundingResult, evaluate_grounding, is_within, overlap, phrase_map, pointed_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,14 +29,16 @@ def peak(row: int, column: int) -> np.ndarray[Any, Any]:
 
 def test_pointing_is_at_the_centre_of_a_patch() -> None:
     # 4 x 4 patches on 80 x 40 pixels: the patch in row 1, column 2 has its centre at (50, 15).
+    point = pointed_at(peak(1, 2), (80, 40))
+    assert point == (50, 15)
     for box, hit in (
         ((49, 14, 51, 16), True),
         ((50, 15, 60, 20), True),
         ((40, 10, 50, 15), False),
         ((0, 0, 80, 14), False),
     ):
-        assert pointing_hit(peak(1, 2), [box], (80, 40)) == hit, box
-    assert pointing_hit(peak(1, 2), [(0, 0, 1, 1), (49, 14, 51, 16)], (80, 40))
+        assert is_within(point, [box]) == hit, box
+    assert is_within(point, [(0, 0, 1, 1), (49, 14, 51, 16)])
 
 
 def test_overlap_counts_areas() -> None:
@@ -230,6 +232,9 @@ def test_a_model_is_measured(model: laps.LAPS, tmp_path: Path) -> None:
         phrases += [everywhere, nowhere]
     result = evaluate_grounding(model, phrases, progress=False)
     assert result.hits.tolist() == [True, False] * 3
+    assert result.phrases == tuple(phrases)
+    assert result.images.tolist() == [0, 0, 1, 1, 2, 2]
+    assert [is_within(tuple(p), ((0, 0, 60, 40),)) for p in result.points] == [True] * 6
     assert result.summary("all")["pointing"] == 100
     assert result.summary("all")["chance"] == 100
     assert result.summary("corner")["pointing_high"] == 0
@@ -258,7 +263,8 @@ def test_intervals_know_that_phrases_share_images() -> None:
 
     def width(images: np.ndarray[Any, Any]) -> float:
         zeros = np.zeros(100)
-        at = GroundingResult(hits, zeros, zeros, images, np.full(100, ""), 0).summary()
+        phrases = tuple(Phrase(Path(f"{i}.jpg"), "a", 0, 1, ((0, 0, 1, 1),)) for i in images)
+        at = GroundingResult(phrases, np.zeros((100, 2)), hits, zeros, zeros).summary()
         return at["pointing_high"] - at["pointing_low"]
 
     assert width(np.arange(100) // 10) > 1.5 * width(np.arange(100))

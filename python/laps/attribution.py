@@ -95,6 +95,7 @@ def attribute(
     *,
     prefix: Tensor | None = None,
     keep_prob: Tensor | None = None,
+    mask: Tensor | None = None,
     directions: str = "both",
     direction_reduction: str = "sum",
     negative_slope: float = 0.1,
@@ -109,6 +110,7 @@ def attribute(
         logits: (N, N_c).
         prefix: (P, C) or None.
         keep_prob: (N,) or None.
+        mask: (N,) bool, the patches to keep instead of those that the scores choose; or None.
         directions: ``"both"``, ``"word_to_patch"`` or ``"patch_to_word"``.
         direction_reduction: ``"sum"`` or ``"mean"``.
         negative_slope: of the leaky ReLU.
@@ -131,6 +133,7 @@ def attribute(
         _single(logits),
         prefix=None if prefix is None else _single(prefix),
         keep_prob=None if keep_prob is None else _single(keep_prob),
+        mask=None if mask is None else mask[None, None],
         fusion=fusion,
         **options,
     )
@@ -181,9 +184,9 @@ def _counted(cosines: Tensor, directions: str) -> Tensor:
     count, length = cosines.shape
     counted = torch.zeros_like(cosines)
     if directions in ("both", "word_to_patch"):
-        counted += F.one_hot(cosines.argmax(0), count).T / length
+        counted += F.one_hot(cosines.argmax(0), count).T.double() / length
     if directions in ("both", "patch_to_word"):
-        counted += F.one_hot(cosines.argmax(1), length) / count
+        counted += F.one_hot(cosines.argmax(1), length).double() / count
     return counted
 
 

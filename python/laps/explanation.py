@@ -199,6 +199,7 @@ def explain(
     *,
     picture: Image.Image | None = None,
     grid: tuple[int, int] | None = None,
+    mask: Tensor | NDArray[np.bool_] | None = None,
 ) -> Explanation:
     """Why this image and this caption have their score.
 
@@ -209,11 +210,13 @@ def explain(
         caption: a sentence, or the features of one.
         picture: what to show under the patches, where `image` is pixels or features.
         grid: rows and columns of the patches, where they are not square.
+        mask: bool, (N,) or (rows, columns): the patches to keep, to see what another selection would do; None
+            for the model's own.
 
     Raises:
         LapsValueError: a file that cannot be read, features of several images or captions or not finite, a
-            head that cannot explain, a grid of another number of patches. LapsTypeError: an argument of the
-            wrong type.
+            head that cannot explain, a grid or a mask of another number of patches, a mask that keeps none.
+            LapsTypeError: an argument of the wrong type.
 
     Source: the paper's section 4 shows such pictures; the shares follow from sections SPC and SPA.
 
@@ -239,13 +242,14 @@ def explain(
         raise LapsTypeError(
             _check.message(OPERATION, "model has the wrong type", "laps.LAPS", _check.name_of(model))
         )
+    chosen = None if mask is None else torch.as_tensor(mask).flatten()
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
             images, seen = _image(model, image)
             texts, written = _caption(model, caption)
-            attribution = model.head.explain(images, texts)
+            attribution = model.head.explain(images, texts, mask=chosen)
     finally:
         model.train(training)
     spans = texts.spans[0] if texts.spans else None

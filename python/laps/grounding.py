@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from .explanation import Explanation, Word, explain
 if TYPE_CHECKING:
     from .model import LAPS
 
-__all__ = ["GroundingResult", "evaluate_grounding", "overlap", "phrase_map", "pointing_hit"]
+__all__ = ["GroundingResult", "evaluate_grounding", "is_within", "overlap", "phrase_map", "pointed_at"]
 
 KINDS = ("shares", "gradient")
 # Of a patch: how finely areas are counted.
@@ -43,18 +44,21 @@ def _covered(grid: tuple[int, int], boxes: Sequence[Box], size: tuple[int, int])
     return inside
 
 
-def pointing_hit(values: NDArray[Any], boxes: Sequence[Box], size: tuple[int, int]) -> bool:
-    """Whether the centre of the map's highest patch is in a box.
+def pointed_at(values: NDArray[Any], size: tuple[int, int]) -> tuple[float, float]:
+    """The centre (x, y) of the map's highest patch, in pixels.
 
     Args:
         values: (rows, columns); among equals the first counts.
-        boxes: in pixels.
         size: width and height of the image in pixels.
     """
     rows, columns = values.shape
     row, column = divmod(int(values.argmax()), columns)
-    x, y = (column + 0.5) * size[0] / columns, (row + 0.5) * size[1] / rows
-    return any(x0 <= x < x1 and y0 <= y < y1 for x0, y0, x1, y1 in boxes)
+    return (column + 0.5) * size[0] / columns, (row + 0.5) * size[1] / rows
+
+
+def is_within(point: tuple[float, float], boxes: Sequence[Box]) -> bool:
+    """Whether a point (x, y) lies in a box."""
+    return any(x0 <= point[0] < x1 and y0 <= point[1] < y1 for x0, y0, x1, y1 in boxes)
 
 
 def overlap(
@@ -115,20 +119,31 @@ class GroundingResult:
     """What maps point at, over all phrases.
 
     Attributes:
-        hits: (n,) bool, whether each phrase's map points right.
+        phrases: the n that the model saw a word of, image by image and caption by caption.
+        points: (n, 2), the centre (x, y) in pixels of the highest patch of each phrase's map.
+        hits: (n,) bool, whether that is right.
         overlaps: (n,), IoU of each.
         chances: (n,), the share of the image that is right.
-        images: (n,), the number of each phrase's image.
-        categories: (n,), of each phrase.
         skipped: phrases that the model saw no word of: they were cut off.
     """
 
+    phrases: tuple[Phrase, ...]
+    points: NDArray[np.float64]
     hits: NDArray[np.bool_]
     overlaps: NDArray[np.float64]
     chances: NDArray[np.float64]
-    images: NDArray[np.int64]
-    categories: NDArray[np.str_]
-    skipped: int
+    skipped: int = 0
+
+    @property
+    def images(self) -> NDArray[np.int64]:
+        """(n,), the number of each phrase's image, in the order of their first phrases."""
+        numbers: dict[Path, int] = {}
+        return np.array([numbers.setdefault(phrase.image, len(numbers)) for phrase in self.phrases])
+
+    @property
+    def categories(self) -> NDArray[np.str_]:
+        """(n,), of each phrase."""
+        return np.array([phrase.category for phrase in self.phrases])
 
     def summary(self, category: str | None = None) -> dict[str, float]:
         """Percentages of all phrases, or of one category, with 95 % intervals.
@@ -203,8 +218,7 @@ def evaluate_grounding(
     threshold = _check.number(operation, "threshold", threshold, 0.0, 1.0, open_low=True)
     if not phrases:
         raise LapsValueError(_check.message(operation, "phrases is empty", "at least one", 0))
-    numbers = {image: number for number, image in enumerate(dict.fromkeys(p.image for p in phrases))}
-    rows: list[tuple[bool, float, float, int, str]] = []
+    rows: list[tuple[Phrase, tuple[float, float], bool, float, float]] = []
     skipped, pictures = 0, {}
     pairs = list(by_pair(phrases))
     for image, caption, own in tqdm(pairs, desc="grounding", disable=None if progress else True):
@@ -218,19 +232,14 @@ def evaluate_grounding(
                 skipped += 1
                 continue
             chance = float(_covered(why.grid, phrase.boxes, size).mean())
-            hit = pointing_hit(values, phrase.boxes, size)
+            point = pointed_at(values, size)
             iou = overlap(values, phrase.boxes, size, threshold=threshold)
-            rows.append((hit, iou, chance, numbers[image], phrase.category))
+            rows.append((phrase, point, is_within(point, phrase.boxes), iou, chance))
     if not rows:
         raise LapsValueError(
             _check.message(operation, "the model saw no phrase", "captions that fit", skipped)
         )
-    hits, overlaps, chances, images, categories = zip(*rows, strict=True)
+    seen, points, hits, overlaps, chances = zip(*rows, strict=True)
     return GroundingResult(
-        np.array(hits),
-        np.array(overlaps),
-        np.array(chances),
-        np.array(images),
-        np.array(categories),
-        skipped,
+        seen, np.array(points), np.array(hits), np.array(overlaps), np.array(chances), skipped
     )

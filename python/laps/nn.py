@@ -547,14 +547,30 @@ class LAPSHead(SimilarityHead):
         scores: Tensor = F.similarity_pairwise(**self._feature_arguments(images, texts), **self._options())
         return scores
 
-    def explain(self, images: ImageFeatures, texts: TextFeatures) -> Attribution:
-        """Where the score of one image and one caption comes from; no selection is sampled."""
+    def explain(
+        self, images: ImageFeatures, texts: TextFeatures, *, mask: Tensor | None = None
+    ) -> Attribution:
+        """Where the score of one image and one caption comes from; no selection is sampled.
+
+        See :meth:`laps.heads.SimilarityHead.explain`.
+        """
         options = self._options()
         for name in ("chunk", "backend", "seed"):
             del options[name]
         given = self._feature_arguments(images, texts)
         length = int(given.pop("word_lengths")[0])
         one: dict[str, Any] = {name: None if x is None else x[0] for name, x in given.items()}
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.shape != (self.num_patches,) or not bool(mask.any()):
+                raise LapsValueError(
+                    _check.message(
+                        "explain",
+                        "mask does not fit",
+                        f"bool ({self.num_patches},), of at least one patch",
+                        f"{mask.dtype} {tuple(mask.shape)}, {int(mask.sum())} kept",
+                    )
+                )
+            one["mask"] = mask.to(one["patches"].device)
         return attribute(**one | {"words": one["words"][:length]}, **options)
 
     def training_scores(

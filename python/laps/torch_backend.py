@@ -846,12 +846,13 @@ def stages(
     *,
     prefix: Tensor | None = None,
     keep_prob: Tensor | None = None,
+    mask: Tensor | None = None,
     **options: Any,
 ) -> Stages:
     """The steps of `similarity`, for explanations: nothing is spared, and no gradient is kept.
 
     A pair that drops no patch, and every pair without `fusion`, has zeros for its fused token. The features
-    must be finite.
+    must be finite, and the mask (b, t, N), of the patches to keep instead, is bool.
     """
     given = Options(**options)
     with torch.no_grad():
@@ -862,7 +863,10 @@ def stages(
         if given.language_context:
             of_text = _selection_scores(images.rows, captions, None, given) - own[:, None]
         scores = _selection_scores(images.rows, captions, images.keep_prob, given)
-        decision = _decide(scores, images, captions, given)
+        decision = _decide(scores, images, captions, given) if mask is None else mask
+        if keep_prob is not None:
+            # The form of the weights in which the paper variant's decisions have gradients.
+            decision = decision.double()
         decision = decision if decision.dtype == torch.bool else decision.double()
         weights = _aggregation_weights(images.logits.double()[:, None], decision[:, :, None])
         fused = _fusion_weights(scores, decision) * given.fusion

@@ -54,16 +54,19 @@ class SimilarityHead(nn.Module, ABC):
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B,) of image i with caption i."""
 
-    def explain(self, images: ImageFeatures, texts: TextFeatures) -> Attribution:
+    def explain(
+        self, images: ImageFeatures, texts: TextFeatures, *, mask: Tensor | None = None
+    ) -> Attribution:
         """Where the score of one image and one caption comes from.
 
         Args:
             images: of one image.
             texts: of one caption.
+            mask: (N,) bool, the patches to keep instead of the head's own selection; or None.
 
         Raises:
-            LapsValueError: a head whose scores are not made of patches and words, or features that are not
-                finite.
+            LapsValueError: a head whose scores are not made of patches and words, features that are not
+                finite, or a mask of another number of patches or of none.
         """
         raise LapsValueError(
             _check.message(
