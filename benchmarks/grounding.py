@@ -1,6 +1,6 @@
 """Do the words of drawn scenes point at what they name? LAPS with and without patch selection, several seeds.
 
-    python -m benchmarks.grounding                # seeds 0, 1 and 2: about fifteen minutes on two cores
+    python -m benchmarks.grounding                # seeds 0, 1 and 2: about twenty minutes on two cores
     python -m benchmarks.grounding --seeds 1      # one of them; what the file holds of the others stays
 
 How it is measured. As `laps demo` does it: a seed decides the scenes, the first weights and the order of
@@ -8,7 +8,8 @@ training; a global embedding teaches the encoders, and from there on LAPS trains
 and once with `selection="none"` (all patches are kept, nothing is fused, the rest is the same). Every word of
 the test captions that names a colour, a shape, a size or a texture is asked where it points: right is the
 centre of its brightest patch within the box of an object that has it. Intervals of one model are a bootstrap
-over images; that of the difference draws the images anew, and with them both models' hits on them.
+over images; that of the difference draws the images anew, and with them both models' hits on them. Where
+the words miss, and what selection could change of it, `benchmarks.misses` counts; it draws the first seed's.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from laps.data.phrases import read_scene_words
 from laps.demo.recipe import PRETRAINING_HEAD, Sizes, settings, train
 from laps.grounding import GroundingResult, bootstrap_interval, evaluate_grounding
 
-from benchmarks import machine
-from benchmarks.seeds import Command, run_seeds
+from benchmarks import machine, misses
+from benchmarks.seeds import SEEDS, Command, run_seeds
 
 RESULT = machine.RESULTS / "grounding.json"
 FORMS: dict[str, dict[str, Any]] = {"laps": {}, "all patches": {"selection": "none"}}
@@ -39,7 +40,7 @@ def difference(ours: GroundingResult, theirs: GroundingResult) -> dict[str, floa
     return {"mean": 100 * float(lead.mean()), "low": 100 * low, "high": 100 * high}
 
 
-def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
+def measure_seed(seed: int, sizes: Sizes, picture: Path) -> dict[str, Any]:
     """Both forms trained and asked, and what lies between them."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -48,7 +49,7 @@ def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
         )
         data, dev = load(file, "train"), load(file, "dev")
         start = train(PRETRAINING_HEAD, data, dev, folder / "start", sizes=sizes, seed=seed, progress=True)
-        words, found = read_scene_words(file), {}
+        words, found, models = read_scene_words(file), {}, {}
         for form, options in FORMS.items():
             trained = train(
                 "laps",
@@ -65,8 +66,11 @@ def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
             results = {
                 kind: evaluate_grounding(trained.model, words, kind=kind) for kind in ("shares", "gradient")
             }
-            found[form] = (results, rsum)
+            found[form], models[form] = (results, rsum), trained.model
             print(form, results["shares"].table(), sep="\n", flush=True)
+        why = misses.measure(models, words, file)
+        if seed == SEEDS[0]:
+            misses.draw(models, words, file, picture)
     categories = sorted(set(found["laps"][0]["shares"].categories.tolist()))
     return {
         "forms": {
@@ -80,6 +84,7 @@ def measure_seed(seed: int, sizes: Sizes) -> dict[str, Any]:
             for form, (results, rsum) in found.items()
         },
         "lead": difference(found["laps"][0]["shares"], found["all patches"][0]["shares"]),
+        "misses": why,
     }
 
 

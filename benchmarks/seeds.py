@@ -28,11 +28,14 @@ class Command:
 
 def run_seeds(
     command: Command,
-    measure: Callable[[int, Sizes], dict[str, Any]],
+    measure: Callable[[int, Sizes, Path], dict[str, Any]],
     summary: Callable[[dict[str, Any]], dict[str, Any]],
     argv: Sequence[str] | None,
 ) -> int:
-    """Measure the seeds that the command line asks for; the file is written after every one."""
+    """Measure the seeds that the command line asks for; the file is written after every one.
+
+    `measure` takes the seed, the sizes, and where a picture of the result belongs (a path that ends in .png).
+    """
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{command.name}", description=command.description.split("\n\n")[0]
     )
@@ -52,7 +55,7 @@ def run_seeds(
     seeds = earlier(options.output, wanted)
     for seed in options.seeds:
         print(f"\nseed {seed}", flush=True)
-        seeds[str(seed)] = measure(seed, sizes)
+        seeds[str(seed)] = measure(seed, sizes, options.output.with_suffix(".png"))
         seeds = dict(sorted(seeds.items(), key=lambda item: int(item[0])))
         machine.write(
             options.output,

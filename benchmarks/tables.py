@@ -331,6 +331,49 @@ def grounding_table(result: Result) -> str:
     )
 
 
+def misses_table(result: Result) -> str:
+    """Where words miss, and what selection could change of it."""
+    seeds = {seed: entry["misses"] for seed, entry in result["seeds"].items()}
+    titles = {"laps": "LAPS", "all patches": "without selection"}
+    rows = [
+        [
+            seed,
+            titles[form],
+            *(f"{share:.0f} %" for share in at["places"].values()),
+            f"{at['dropped']:.1f} %",
+            f"{at['objects_only']:.0f} %",
+        ]
+        for seed, entry in seeds.items()
+        for form, at in entry["forms"].items()
+    ]
+    places = list(next(iter(seeds.values()))["forms"]["laps"]["places"])
+    header = (
+        "seed",
+        "model",
+        *places,
+        "at a patch that LAPS drops",
+        "right, were the objects alone kept",
+    )
+
+    def span(values: Iterable[float]) -> str:
+        low, high = (f"{value:.0f}" for value in _ends(values))
+        return low if low == high else f"{low} to {high}"
+
+    kept = {name: span(entry["kept"][name] for entry in seeds.values()) for name in ("objects", "background")}
+    covered = span(entry["covered"] for entry in seeds.values())
+    return (
+        f"The brightest patches of the same words. Of the patches on objects, {covered} % of all, LAPS keeps "
+        f"{kept['objects']} %, and of the others {kept['background']} %. Beside it: next to a patch on what "
+        "the word names; the encoder's patches see their neighbours, and so the object's colour and edge.\n\n"
+        f"{markdown(header, rows)}"
+    )
+
+
+def _ends(values: Iterable[float]) -> tuple[float, float]:
+    ordered = sorted(values)
+    return ordered[0], ordered[-1]
+
+
 def encoders_table(result: Result) -> str:
     """Native encoders beside those of transformers."""
     rows = []
@@ -373,6 +416,7 @@ TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
     "training": ("training.json", training_table),
     "scenes": ("scenes.json", scenes_table),
     "grounding": ("grounding.json", grounding_table),
+    "misses": ("grounding.json", misses_table),
     "encoders": ("encoders.json", encoders_table),
 }
 

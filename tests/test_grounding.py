@@ -285,5 +285,10 @@ def test_the_benchmark_writes_what_its_table_is_made_from(tmp_path: Path) -> Non
         assert ours["phrases"] == theirs["phrases"] > 0
         assert seed["lead"]["mean"] == pytest.approx(ours["pointing"] - theirs["pointing"])
         assert seed["lead"]["low"] <= seed["lead"]["mean"] <= seed["lead"]["high"]
+        for form in grounding.FORMS:
+            at = seed["misses"]["forms"][form]
+            assert sum(at["places"].values()) == pytest.approx(100)
+            assert at["places"]["right"] == pytest.approx(seed["forms"][form]["shares"]["all"]["pointing"])
     assert result["summary"]["low"] <= result["summary"]["lead"] <= result["summary"]["high"]
     assert "| 1 |" in tables.grounding_table(result)
+    assert "| 1 | LAPS |" in tables.misses_table(result)
