@@ -148,7 +148,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(b"")
     refused(tmp_path / "b.jpg", "cannot be read")
     refused(tmp_path / "c.jpg", "missing")
-    refused(tmp_path, "missing")
+    refused(tmp_path, "is a folder")
 
 
 def test_pixels_without_a_range_are_refused(tmp_path: Path) -> None:

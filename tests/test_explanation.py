@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import PIL.Image
 import pytest
 import reference
 import torch
-from _models import CAPTIONS, SIZE, tiny_laps
+from _models import CAPTIONS, ENVIRONMENT, SIZE, bert_tokenizer, tiny_laps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from laps.attribution import Attribution
+from laps.cli import main
+from laps.data import CaptionTokenizer
 from laps.explanation import Explanation
 from laps.nn import LAPSHead
 
@@ -233,7 +237,9 @@ def test_every_kind_of_input_is_the_same_image(model: laps.LAPS, photo: Path) ->
             np.testing.assert_allclose(why.attribution.shares, expected.attribution.shares, atol=1e-6)
             assert [word.text for word in why.words] == [word.text for word in expected.words]
     assert laps.explain(model, images, CAPTIONS[0]).picture is None
-    assert laps.explain(model, images, CAPTIONS[0], picture=picture).picture is picture
+    shown = laps.explain(model, images, CAPTIONS[0], picture=picture).picture
+    assert shown is not None
+    assert shown.tobytes() == picture.convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +278,7 @@ def test_a_head_without_patches_says_so(photo: Path) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "swin", "clip"])
 def test_every_family(family: str, photo: Path) -> None:
-    from _models import bert_tokenizer, clip_tokenizer
+    from _models import clip_tokenizer
 
     text = "clip" if family == "clip" else "bert"
     tokenizer = clip_tokenizer(CAPTIONS) if text == "clip" else bert_tokenizer()
@@ -309,3 +315,136 @@ def test_nothing_that_was_written_can_end_the_script(model: laps.LAPS, photo: Pa
     assert html.startswith("<!doctype html>")
     assert "http" not in html.replace("http-equiv", ""), "no other file"
     assert isinstance(why.attribution, Attribution)
+
+
+# ---- what a stranger found
+
+
+@pytest.mark.parametrize("kind", ["exif", "palette", "grey and alpha", "rgba", "16 bit"])
+def test_a_pillow_image_is_seen_as_its_file_is(model: laps.LAPS, tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a.png"
+    rng = np.random.default_rng(0)
+    if kind == "exif":
+        file = file.with_suffix(".jpg")
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6
+        PIL.Image.fromarray(rng.integers(0, 255, (20, 40, 3), dtype=np.uint8)).save(file, exif=exif)
+    elif kind == "16 bit":
+        PIL.Image.fromarray(rng.integers(0, 65535, (20, 40), dtype=np.uint16)).save(file)
+    else:
+        rgba = PIL.Image.fromarray(rng.integers(0, 255, (20, 40, 4), dtype=np.uint8))
+        if kind == "palette":
+            rgba.convert("RGB").quantize(8).save(file, transparency=3)
+        else:
+            rgba.convert("LA" if kind == "grey and alpha" else "RGBA").save(file)
+    of_file, of_pillow = (
+        laps.explain(model, image, "a red circle") for image in (file, PIL.Image.open(file))
+    )
+    assert of_file.score == of_pillow.score
+    assert of_file.picture is not None
+    assert of_pillow.picture is not None
+    assert of_file.picture.tobytes() == of_pillow.picture.tobytes()
+    beside = laps.explain(model, model.encode_files([file]), "a red circle", picture=PIL.Image.open(file))
+    assert beside.picture is not None
+    assert beside.picture.tobytes() == of_file.picture.tobytes()
+
+
+def test_what_is_frozen_stays_so(model: laps.LAPS) -> None:
+    try:
+        model.train()
+        model.image_encoder.eval()
+        modes = [part.training for part in model.modules()]
+        laps.explain(model, torch.randn(3, SIZE, SIZE), "a red circle")
+        assert [part.training for part in model.modules()] == modes
+    finally:
+        model.eval()
+
+
+def test_an_apostrophe_joins_a_word_and_quotes_do_not(model: laps.LAPS) -> None:
+    why = laps.explain(model, torch.randn(3, SIZE, SIZE), "it isn't a 'red' dog\u2019s circle, rock 'n' roll")
+    texts = [word.text for word in why.words]
+    assert texts[1:-1] == [
+        *("it", "isn't", "a", "'", "red", "'", "dog\u2019s", "circle", ",", "rock", "'", "n", "'", "roll"),
+    ]
+    assert sum(word.share for word in why.words) == pytest.approx(why.score, abs=1e-9)
+    assert [why.caption[start:end] for _, start, end in why.places() if why.caption] == texts[1:-1]
+
+
+def test_the_end_of_a_long_caption_is_not_lost_without_a_word() -> None:
+    caption = " ".join(["red"] * 80) + " circle."
+    model = tiny_laps(tokenizer=CaptionTokenizer(bert_tokenizer().backend, max_length=20))
+    why = laps.explain(model, torch.randn(3, SIZE, SIZE), caption)
+    assert len(why.places()) == 18
+    assert why.cut_off.endswith("red circle.")
+    assert len(why.cut_off.split()) == 81 - len(why.places())
+    assert f"did not see: \u201c{why.cut_off}\u201d" in why.to_html()
+    short = laps.explain(model, torch.randn(3, SIZE, SIZE), "a red circle.")
+    assert short.cut_off == ""
+    assert "did not see" not in short.to_html()
+
+
+def test_the_token_of_a_word_is_one_of_its_pieces(model: laps.LAPS) -> None:
+    why = laps.explain(model, torch.randn(3, SIZE, SIZE), "squarered bluecircles triangledotted")
+    pieces = [word for word in why.words if word.last - word.first > 1]
+    assert pieces
+    for word in pieces:
+        assert word.token in why.attribution.best_tokens[word.first : word.last]
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"mask": np.zeros((8, 2), dtype=bool)}, "mask does not fit"),
+        ({"mask": np.ones((2, 8), dtype=bool), "grid": (8, 2)}, "mask does not fit"),
+        ({"mask": np.ones(16)}, "mask does not fit"),
+        ({"mask": "all"}, "mask has the wrong type"),
+        ({"grid": (-4, -4)}, "grid"),
+        ({"grid": (4.5, 4)}, "grid"),
+        ({"grid": 16}, "grid is no pair"),
+        ({"picture": "a.jpg"}, "picture has the wrong type"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(model: laps.LAPS, options: dict[str, Any], error: str) -> None:
+    with pytest.raises(laps.LapsError, match=error):
+        laps.explain(model, torch.randn(3, SIZE, SIZE), "a red circle", **options)
+
+
+def test_bytes_are_no_pixels(model: laps.LAPS) -> None:
+    with pytest.raises(laps.LapsTypeError, match="image has wrong pixels"):
+        laps.explain(model, torch.zeros(3, SIZE, SIZE, dtype=torch.uint8), "a red circle")
+
+
+@pytest.fixture
+def saved(model: laps.LAPS, tmp_path: Path) -> list[str]:
+    """A command line without the caption."""
+    model.save_pretrained(tmp_path / "model")
+    PIL.Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    return ["explain", str(tmp_path / "red.png"), "--model", str(tmp_path / "model")]
+
+
+def test_the_command_refuses_what_it_cannot_use(
+    saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, message in (
+        ([*saved, "caf\udce9"], "caption is no text"),
+        ([*saved, "a", "-o", str(tmp_path)], "is a folder"),
+        ([*saved, "a", "-o", str(tmp_path / "a.pdf")], "another suffix"),
+        ([saved[0], str(tmp_path), *saved[2:], "a"], "is a folder (expected an image file)"),
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert message in told
+        assert told.count("\n") == 1
+
+
+def test_a_terminal_that_knows_few_letters_loses_nothing(saved: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "why.HTML"
+    done = subprocess.run(
+        [sys.executable, "-m", "laps.cli", *saved, "a red \U0001f534 circle", "-o", str(page)],
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "circle" in done.stdout
+    assert "\U0001f534" in page.read_text(encoding="utf-8")

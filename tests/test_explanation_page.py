@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,11 @@ def test_the_keyboard_reaches_everything(page: Any, why: Explanation) -> None:
         (Keys.ARROW_DOWN, "row 2, column 2"),
         (Keys.ARROW_LEFT, "row 2, column 1"),
         (Keys.ARROW_LEFT, "row 2, column 1"),
-        (Keys.END, "row 4, column 4"),
-        (Keys.ARROW_DOWN, "row 4, column 4"),
-        (Keys.HOME, "row 1, column 1"),
+        (Keys.END, "row 2, column 4"),
+        (Keys.ARROW_DOWN, "row 3, column 4"),
+        (Keys.HOME, "row 3, column 1"),
+        (Keys.ARROW_UP, "row 2, column 1"),
+        (Keys.ARROW_UP, "row 1, column 1"),
         (Keys.ARROW_UP, "row 1, column 1"),
     ):
         page.switch_to.active_element.send_keys(key)
@@ -179,6 +182,59 @@ def test_other_pictures(page: Any, why: Explanation) -> None:
             values = why.attribution.self_scores
             expected = 0.9 * (values - values.min()) / np.ptp(values)
             np.testing.assert_allclose(paint(page), expected, atol=0.01)
+
+
+def test_a_mode_outlives_a_glance_at_a_word(page: Any) -> None:
+    groups = next(b for b in page.find_elements(By.CSS_SELECTOR, ".modes button") if "merged" in b.text)
+    groups.click()
+    before = paint(page)
+    move(page, words(page)[2])
+    assert paint(page) != before
+    move(page, page.find_element(By.CSS_SELECTOR, "h1"))
+    assert groups.get_attribute("aria-pressed") == "true"
+    assert paint(page) == before
+
+
+def test_a_patch_that_adds_nothing_colours_no_word(page: Any, why: Explanation) -> None:
+    shares = np.array([word.patch_shares for word in why.words])
+    weakest = int(np.abs(shares).max(0).argmin())
+    move(page, cells(page)[weakest])
+    script = "return getComputedStyle(arguments[0]).borderBottomColor"
+    colours = [page.execute_script(script, word) for word in words(page)]
+    strengths = [float(re.findall("[0-9.]+", c)[3]) for c in colours if "rgba" in c]
+    assert len(strengths) == len(colours)
+    allowed = np.abs(shares[:, weakest]).max() / np.abs(shares).max()
+    assert max(strengths) <= allowed + 0.02
+    assert "\N{MINUS SIGN}0.000" not in page.find_element(By.CSS_SELECTOR, ".words").text
+
+
+def test_a_word_that_looks_like_a_script_ends_nothing(browser: Any, why: Explanation, tmp_path: Path) -> None:
+    hostile = [replace(word, text="<!--<script>") for word in why.words]
+    replace(why, words=hostile).save(tmp_path / "hostile.html")
+    browser.get((tmp_path / "hostile.html").as_uri())
+    assert len(browser.find_elements(By.CSS_SELECTOR, ".modes button")) >= 3
+    assert words(browser)[0].text.startswith("<!--<script>")
+
+
+def test_on_a_phone_the_picture_stays_in_sight(browser: Any, tmp_path: Path) -> None:
+    caption = " ".join(CAPTIONS * 3)
+    picture = PIL.Image.new("RGB", (40, 400))
+    model = tiny_laps(tokenizer=bert_tokenizer())
+    laps.explain(model, picture, caption).save(tmp_path / "long.html")
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 390, "height": 700, "deviceScaleFactor": 2, "mobile": True},
+    )
+    try:
+        browser.get((tmp_path / "long.html").as_uri())
+        last = words(browser)[-2]
+        browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", last)
+        frame = "document.querySelector('.frame').getBoundingClientRect()"
+        place = browser.execute_script(f"const r = {frame}; return [r.top, r.bottom, r.height]")
+        assert place[0] >= 0
+        assert 100 < place[2] <= 351
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
 def test_several_on_one_page_do_not_mix(browser: Any, why: Explanation, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from ._laps import __version__
 from .errors import LapsError, LapsTypeError, LapsValueError
 
 if TYPE_CHECKING:
-    from . import config, data, metrics, plot, train
+    from . import config, data, grounding, metrics, plot, train
     from .config import LAPSConfig
     from .evaluation import evaluate
     from .explanation import explain
@@ -46,6 +46,7 @@ __all__ = [
     "evaluate",
     "explain",
     "functional",
+    "grounding",
     "heads",
     "info",
     "losses",
@@ -65,6 +66,7 @@ _LAZY = {
     "data": None,
     "evaluate": "evaluation",
     "explain": "explanation",
+    "grounding": None,
     "metrics": None,
     "plot": None,
     "train": None,

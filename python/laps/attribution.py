@@ -145,7 +145,7 @@ def attribute(
     units = torch_backend._polar(words.detach().double())[0]
     cosines = tokens @ units.T
     alignment = F.leaky_relu(cosines, negative_slope)
-    slopes = torch.where(cosines > 0, 1.0, negative_slope)
+    slopes = torch.full_like(cosines, negative_slope).masked_fill(cosines > 0, 1.0)
     counted = _counted(cosines, directions) * (
         0.5 if directions == "both" and direction_reduction == "mean" else 1
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import signal
@@ -30,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 where a check found faults; 2 for an error, of which standard error has one line; 128 + n where
     signal n ended the work: 130 for Ctrl-C, 143 for SIGTERM, 141 for a reader that went away.
     """
+    # A terminal that cannot show a letter shows another; it does not end the work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         parser = _parser()
         options = parser.parse_args(arguments)
@@ -157,17 +161,22 @@ def _explain(options: argparse.Namespace) -> int:
     from .model import LAPS
 
     if options.out is not None:
-        require_writable(options.out)
+        if options.out.is_dir():
+            raise LapsValueError(_check.message("laps explain", f"--out {options.out} is a folder", "a file"))
         check_suffix(options.out)
+        require_writable(options.out)
     device = choose_device("laps explain", options.device)
     why = explain(LAPS.from_pretrained(options.model).to(device), options.image, options.caption)
+    if options.out is not None:
+        why.save(options.out)
     at = why.attribution
     print(f"score {why.score:.3f}; {at.kept.sum()} of {at.kept.size} patches kept")
     widest = max(len(word.text) for word in why.words)
     for word in why.words:
         print(f"  {word.share:6.3f}  {word.text:{widest}}  {why.token_names[word.token]}")
+    if why.cut_off:
+        print(f"too long, the model did not see: {why.cut_off}")
     if options.out is not None:
-        why.save(options.out)
         print(f"Wrote {options.out}")
     return 0
 
@@ -280,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
 
     why = commands.add_parser("explain", help="why an image and a caption have their score")
     why.add_argument("image", type=Path, help="an image file")
-    why.add_argument("caption", help="a sentence")
+    why.add_argument("caption", help="a sentence, in quotes")
     why.add_argument("--model", required=True, metavar="PATH_OR_ID", help="folder or hub id of a model")
     why.add_argument(
         "-o", "--out", type=Path, help="the page (.html), data (.json) or arrays (.npz) to write"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from . import _check
 from ._files import write_atomically
+from ._modes import eval_mode
 from .attribution import Attribution, Floats
-from .data.images import open_image
+from .data.images import as_rgb, open_image
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 
@@ -30,6 +32,7 @@ __all__ = ["Explanation", "Word", "explain"]
 OPERATION = "explain"
 FORMAT = 1
 START, END = "[start]", "[end]"
+APOSTROPHES = ("'", "\u2019")
 SUFFIXES = (".html", ".json", ".npz")
 
 
@@ -41,7 +44,8 @@ class Word:
         text: as written; "[start]" and "[end]" are the tokens around a caption.
         first, last: its first piece, and the one past its last.
         share: what it adds to the score.
-        token: the token of the image that it is matched with.
+        token: the token of the image that it is matched with; of a word in pieces the one that most of them
+            are matched with.
         alignment: with that token, A, the mean of its pieces.
         patch_shares: (N,), the part of `share` that each patch adds; the rest is the prefix tokens'.
         map: (N,), its gradient-weighted map, >= 0, the sum of its pieces'.
@@ -89,6 +93,29 @@ class Explanation:
     def score(self) -> float:
         """S."""
         return self.attribution.score
+
+    def places(self) -> list[tuple[Word, int, int]]:
+        """The written words, and where in the caption each stands: ``caption[start:end]``.
+
+        Raises:
+            LapsValueError: the caption is not known.
+        """
+        if self.caption is None:
+            raise LapsValueError(
+                _check.message("Explanation.places", "the caption is not known", "explain(..., caption)")
+            )
+        written = [word for word in self.words if not word.is_special]
+        found = _found([word.text for word in written], self.caption)
+        return [(word, *place) for word, place in zip(written, found, strict=True) if place is not None]
+
+    @property
+    def cut_off(self) -> str:
+        """The end of a caption that is too long for the model, which did not see it; else empty."""
+        if self.caption is None:
+            return ""
+        seen = max((end for _, _, end in self.places()), default=0)
+        rest = self.caption[seen:].strip()
+        return rest if any(letter.isalnum() for letter in rest) else ""
 
     @property
     def token_names(self) -> list[str]:
@@ -161,9 +188,10 @@ class Explanation:
         path = Path(path)
         check_suffix(path)
         data: bytes | str
-        if path.suffix == ".html":
+        suffix = path.suffix.lower()
+        if suffix == ".html":
             data = self.to_html()
-        elif path.suffix == ".json":
+        elif suffix == ".json":
             data = json.dumps(self.to_dict()) + "\n"
         else:
             stream = io.BytesIO()
@@ -186,7 +214,7 @@ class Explanation:
 
 def check_suffix(path: Path) -> None:
     """Raise LapsValueError unless `Explanation.save` knows what to write there."""
-    if path.suffix not in SUFFIXES:
+    if path.suffix.lower() not in SUFFIXES:
         raise LapsValueError(
             _check.message("Explanation.save", f"{path} has another suffix", ", ".join(SUFFIXES))
         )
@@ -242,23 +270,24 @@ def explain(
         raise LapsTypeError(
             _check.message(OPERATION, "model has the wrong type", "laps.LAPS", _check.name_of(model))
         )
-    chosen = None if mask is None else torch.as_tensor(mask).flatten()
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            images, seen = _image(model, image)
-            texts, written = _caption(model, caption)
-            attribution = model.head.explain(images, texts, mask=chosen)
-    finally:
-        model.train(training)
+    if picture is not None and not isinstance(picture, Image.Image):
+        raise LapsTypeError(
+            _check.message(OPERATION, "picture has the wrong type", "a Pillow image", _check.name_of(picture))
+        )
+    with eval_mode(model), torch.no_grad():
+        images, seen = _image(model, image)
+        texts, written = _caption(model, caption)
+        shape = _grid(model.head.num_patches, grid)
+        attribution = model.head.explain(images, texts, mask=None if mask is None else _mask(mask, shape))
     spans = texts.spans[0] if texts.spans else None
+    if spans is not None and written is not None:
+        spans = _joined(spans, written)
     return Explanation(
         attribution=attribution,
         words=_words(attribution, spans),
-        grid=_grid(len(attribution.kept), grid),
+        grid=shape,
         caption=written,
-        picture=seen if picture is None else picture,
+        picture=seen if picture is None else as_rgb(picture),
     )
 
 
@@ -269,10 +298,13 @@ def _image(model: LAPS, image: object) -> tuple[ImageFeatures, Image.Image | Non
     if isinstance(image, (str, Path)):
         picture = open_image(image)
     elif isinstance(image, Image.Image):
-        picture = image.convert("RGB")
+        picture = as_rgb(image)
     if picture is not None:
         pixels = model.transform.eval()(picture)
     elif isinstance(image, Tensor):
+        if not image.is_floating_point():
+            expected = "floating, as the model's transform makes them"
+            raise LapsTypeError(_check.message(OPERATION, "image has wrong pixels", expected, image.dtype))
         pixels = image[0] if image.dim() == 4 and len(image) == 1 else image
     else:
         expected = "a path, a Pillow image, a tensor (3, S, S) or ImageFeatures"
@@ -287,6 +319,12 @@ def _caption(model: LAPS, caption: object) -> tuple[TextFeatures, str | None]:
     if isinstance(caption, TextFeatures):
         return _one("caption", caption), None
     if isinstance(caption, str):
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise LapsValueError(
+                _check.message(OPERATION, "caption is no text", "Unicode (UTF-8)", error)
+            ) from None
         return model.encode_captions([caption]), caption
     raise LapsTypeError(
         _check.message(
@@ -311,14 +349,55 @@ def _grid(patches: int, grid: tuple[int, int] | None) -> tuple[int, int]:
                 _check.message(OPERATION, f"{patches} patches are no square", "grid=(rows, columns)")
             )
         return side, side
-    rows, columns = grid
+    expected = f"two integers, rows * columns = {patches}"
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise LapsTypeError(_check.message(OPERATION, "grid is no pair", expected, grid))
+    rows, columns = (_check.count(OPERATION, "grid", size) for size in grid)
     if rows * columns != patches:
-        raise LapsValueError(
-            _check.message(
-                OPERATION, "grid does not fit", f"rows * columns = {patches}", f"{rows} x {columns}"
-            )
+        raise LapsValueError(_check.message(OPERATION, "grid does not fit", expected, f"{rows} x {columns}"))
+    return rows, columns
+
+
+def _mask(mask: Tensor | NDArray[np.bool_], grid: tuple[int, int]) -> Tensor:
+    """(N,) of (N,) or (rows, columns)."""
+    expected = f"bool, ({grid[0] * grid[1]},) or {grid}"
+    if not isinstance(mask, (Tensor, np.ndarray)):
+        raise LapsTypeError(
+            _check.message(OPERATION, "mask has the wrong type", expected, _check.name_of(mask))
         )
-    return int(rows), int(columns)
+    values = torch.as_tensor(mask)
+    if values.dtype != torch.bool or tuple(values.shape) not in ((grid[0] * grid[1],), grid):
+        raise LapsValueError(
+            _check.message(OPERATION, "mask does not fit", expected, f"{values.dtype} {tuple(values.shape)}")
+        )
+    return values.flatten()
+
+
+def _found(texts: Sequence[str], caption: str) -> list[tuple[int, int] | None]:
+    """Where words that follow each other stand in the caption."""
+    places: list[tuple[int, int] | None] = []
+    done = 0
+    for text in texts:
+        start = caption.find(text, done)
+        done = done if start < 0 else start + len(text)
+        places.append(None if start < 0 else (start, done))
+    return places
+
+
+def _joined(spans: list[Span], caption: str) -> list[Span]:
+    """The words, with those in one that an apostrophe joins: tokenizers make two or three of "isn't"."""
+    joined: list[tuple[Span, tuple[int, int] | None]] = []
+    places = _found([text for _, _, text in spans], caption)
+    for (first, past, text), place in zip(spans, places, strict=True):
+        before, where = joined[-1] if joined else ((0, 0, ""), None)
+        if where is not None and place is not None and before[1] == first and where[1] == place[0]:
+            at = where[1] - 1 if caption[where[1] - 1] in APOSTROPHES else place[0]
+            around = caption[at - 1 : at], caption[at + 1 : at + 2]
+            if caption[at] in APOSTROPHES and around[0].isalnum() and around[1].isalnum():
+                joined[-1] = ((before[0], past, before[2] + text), (where[0], place[1]))
+                continue
+        joined.append(((first, past, text), place))
+    return [span for span, _ in joined]
 
 
 def _words(attribution: Attribution, spans: list[Span] | None) -> list[Word]:
@@ -332,7 +411,9 @@ def _words(attribution: Attribution, spans: list[Span] | None) -> list[Word]:
     words = []
     for first, past, text in sorted([*spans, *others]):
         alignment = attribution.alignment[:, first:past].mean(1)
-        token = int(alignment.argmax())
+        # Of several pieces each has its own best token: that of the most, then of the best alignment.
+        own = attribution.alignment[:, first:past].argmax(0)
+        token = max(own.tolist(), key=lambda t: ((own == t).sum(), alignment[t]))
         words.append(
             Word(
                 text=text,

@@ -19,6 +19,8 @@ __all__ = ["fragment", "page"]
 
 # Pixels of the longer side: sharp on screens of twice the density at the width that the view has.
 SIDE = 840
+# The most that one side is shown longer than the other.
+STRIP = 3.0
 
 
 def page(explanation: Explanation) -> str:
@@ -34,8 +36,8 @@ def page(explanation: Explanation) -> str:
 
 def fragment(explanation: Explanation) -> str:
     """The view alone, for a notebook or within another page. Several may stand on one page."""
-    # "</" would end the script, whatever it stands in.
-    data = json.dumps(_data(explanation), separators=(",", ":")).replace("</", "<\\/")
+    # "</" would end the script, whatever it stands in, and "<!--" with "<script" would keep it from ending.
+    data = json.dumps(_data(explanation), separators=(",", ":")).replace("<", "\\u003c")
     return (
         f'<div class="laps-why"><style>{_asset("explanation.css")}</style>'
         f"{_static(explanation)}"
@@ -61,6 +63,7 @@ def _static(explanation: Explanation) -> str:
         for row in range(rows)
     )
     width, height = (columns, rows) if explanation.picture is None else explanation.picture.size
+    shown = min(max(width / height, 1 / STRIP), STRIP)
     picture = ""
     if explanation.picture is not None:
         picture = f'<img src="{_uri(explanation.picture)}" alt="the image">'
@@ -71,8 +74,9 @@ def _static(explanation: Explanation) -> str:
         whole = f", of which the image as a whole (its prefix tokens) {prefix:.3f}"
     return (
         f'<p class="sum">score <b>{explanation.score:.3f}</b>{whole}; '
-        f"{int(at.kept.sum())} of {at.kept.size} patches kept</p>"
-        f'<div class="stage"><div class="frame" style="aspect-ratio:{width}/{height}">{picture}'
+        f"{int(at.kept.sum())} of {at.kept.size} patches kept"
+        f"{'; the picture is shown squeezed' if shown != width / height else ''}</p>{_cut_off(explanation)}"
+        f'<div class="stage"><div class="frame" style="aspect-ratio:{shown:.4f}">{picture}'
         f'<div class="cells" role="grid" aria-label="patches of the image" '
         f'style="--rows:{rows};--columns:{columns}">{cells}</div></div>'
         '<div class="side"><div class="words" role="group" '
@@ -82,9 +86,18 @@ def _static(explanation: Explanation) -> str:
     )
 
 
+def _cut_off(explanation: Explanation) -> str:
+    rest = explanation.cut_off
+    if not rest:
+        return ""
+    return f'<p class="cut">The caption is too long. The model did not see: “{escape(rest)}”</p>'
+
+
 def _chip(word: Word) -> str:
     kind = ' class="special"' if word.is_special else ""
-    return f'<button type="button"{kind}>{escape(word.text)}<small>{word.share:.3f}</small></button>'
+    # Never "-0.000".
+    share = f"{word.share:.3f}".replace("-0.000", "0.000")
+    return f'<button type="button"{kind}>{escape(word.text)}<small>{share}</small></button>'
 
 
 def _uri(picture: Image.Image) -> str:
@@ -110,6 +123,7 @@ def _data(explanation: Explanation) -> dict[str, Any]:
         scores["by the score net"] = short(at.keep_prob)
     return {
         "columns": explanation.grid[1],
+        "fused": at.has_fused_token,
         "kept": at.kept.astype(int).tolist(),
         "groups": at.groups.tolist(),
         "tokens": names[at.num_prefix_tokens :],

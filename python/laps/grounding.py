@@ -7,6 +7,7 @@ image that the boxes cover: how often a map that knows nothing would point right
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,8 @@ from tqdm.auto import tqdm
 from . import _check
 from .data.images import open_image
 from .data.phrases import Box, Phrase, by_pair
-from .errors import LapsValueError
-from .explanation import Explanation, Word, explain
+from .errors import LapsTypeError, LapsValueError
+from .explanation import Explanation, explain
 
 if TYPE_CHECKING:
     from .model import LAPS
@@ -92,26 +93,11 @@ def phrase_map(why: Explanation, start: int, end: int, *, kind: str = "shares") 
         kind: ``"shares"``, what each patch adds to the score with these words, or ``"gradient"``.
     """
     _check.choice("phrase_map", "kind", kind, KINDS)
-    chosen = [word for word, first, past in _places(why) if first < end and past > start]
+    chosen = [word for word, first, past in why.places() if first < end and past > start]
     if not chosen:
         return None
     maps = [word.patch_shares if kind == "shares" else word.map for word in chosen]
     return why.on_grid(np.sum(maps, axis=0))
-
-
-def _places(why: Explanation) -> list[tuple[Word, int, int]]:
-    """Where in the caption each word was written."""
-    if why.caption is None:
-        raise LapsValueError(
-            _check.message("phrase_map", "the caption is not known", "explain(..., caption)")
-        )
-    places, done = [], 0
-    for word in why.words:
-        at = -1 if word.is_special else why.caption.find(word.text, done)
-        if at >= 0:
-            done = at + len(word.text)
-            places.append((word, at, done))
-    return places
 
 
 @dataclass(frozen=True)
@@ -119,7 +105,7 @@ class GroundingResult:
     """What maps point at, over all phrases.
 
     Attributes:
-        phrases: the n that the model saw a word of, image by image and caption by caption.
+        phrases: the n that the model saw a word of, pair by pair, in the order of each pair's first.
         points: (n, 2), the centre (x, y) in pixels of the highest patch of each phrase's map.
         hits: (n,) bool, whether that is right.
         overlaps: (n,), IoU of each.
@@ -148,7 +134,8 @@ class GroundingResult:
     def summary(self, category: str | None = None) -> dict[str, float]:
         """Percentages of all phrases, or of one category, with 95 % intervals.
 
-        The interval is a bootstrap over images, for phrases of one image are not independent.
+        The interval is a bootstrap over images, for phrases of one image are not independent; NaN of a
+        single image.
 
         Raises:
             LapsValueError: no such category.
@@ -173,7 +160,8 @@ class GroundingResult:
         lines = [f"{'':12} {'phrases':>8} {'pointing':>9} {'95 %':>15} {'IoU':>6} {'chance':>7}"]
         for name in [*names, None]:
             at = self.summary(name)
-            interval = f"{at['pointing_low']:.1f} - {at['pointing_high']:.1f}"
+            low, high = at["pointing_low"], at["pointing_high"]
+            interval = "-" if math.isnan(low) else f"{low:.1f} - {high:.1f}"
             lines.append(
                 f"{name or 'all':12} {at['phrases']:8} {at['pointing']:9.1f} {interval:>15} {at['iou']:6.1f} "
                 f"{at['chance']:7.1f}"
@@ -184,7 +172,12 @@ class GroundingResult:
 
 
 def bootstrap_interval(values: NDArray[Any], images: NDArray[np.int64]) -> tuple[float, float]:
-    """The middle 95 % of the mean of values over images that are drawn anew; the same draws in every call."""
+    """The middle 95 % of the mean of values over images that are drawn anew; the same draws in every call.
+
+    NaN of a single image.
+    """
+    if len(np.unique(images)) < 2:
+        return math.nan, math.nan
     _, group = np.unique(images, return_inverse=True)
     sums, counts = np.bincount(group, values), np.bincount(group)
     drawn = np.random.default_rng(0).integers(0, len(sums), (RESAMPLES, len(sums)))
@@ -216,6 +209,11 @@ def evaluate_grounding(
     operation = "evaluate_grounding"
     _check.choice(operation, "kind", kind, KINDS)
     threshold = _check.number(operation, "threshold", threshold, 0.0, 1.0, open_low=True)
+    for phrase in phrases:
+        if not isinstance(phrase, Phrase):
+            raise LapsTypeError(
+                _check.message(operation, "phrases has something else", "Phrase", _check.name_of(phrase))
+            )
     if not phrases:
         raise LapsValueError(_check.message(operation, "phrases is empty", "at least one", 0))
     rows: list[tuple[Phrase, tuple[float, float], bool, float, float]] = []

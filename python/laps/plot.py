@@ -3,7 +3,8 @@
 Every function draws into axes that you give, or into a new figure; nothing is shown or written, so that
 ``axes.figure.savefig("figure.pdf")`` is yours. Patches stay sharp squares at any size of print. Orange is
 what adds to a score and blue what takes from it, in the palette of Okabe and Ito, which colour-blind readers
-tell apart; panels that belong together share one scale.
+tell apart; panels that belong together share one scale. In axes of your own make room for the scale:
+``pyplot.subplots(..., layout="constrained")``.
 
 Needs matplotlib, as the extra ``plot`` brings it.
 
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from . import _check
-from .data.images import open_image
+from .data.images import as_rgb, open_image
 from .errors import LapsTypeError, LapsValueError
 from .explanation import Explanation, Word
 
@@ -60,6 +61,8 @@ LINEAR = colors.LinearSegmentedColormap.from_list("laps linear", [BLUE, "#FFFFFF
 COVER = 0.9
 # Less than this share of the strongest is no reason to show the scale's negative half.
 SEEN = 0.02
+# The most that one side is shown longer than the other.
+STRIP = 3.0
 # How dark a dropped patch is.
 SHADE = 0.78
 # Inches of a panel's width.
@@ -87,6 +90,8 @@ def selection(why: Explanation, ax: Axes | None = None, *, ratio: float | None =
     shade = np.zeros((*why.grid, 4))
     shade[..., 3] = SHADE * ~why.on_grid(kept)
     _overlay(why, ax, shade)
+    # On a dark picture the shade alone would not be seen.
+    _borders(why, ax, why.on_grid(kept))
     share = "" if ratio is None else f"$\\rho$ = {ratio:g}: "
     ax.set_title(f"{share}{kept.sum()} of {kept.size} patches", fontsize="medium")
     return ax
@@ -194,6 +199,8 @@ def word_maps(
         kind: as in :func:`word_map`.
     """
     written: list[str | int] = [i for i, word in enumerate(why.words) if not word.is_special]
+    if isinstance(words, str):
+        raise LapsTypeError(_check.message("word_maps", "words is one word", "a list of words", repr(words)))
     chosen = written if words is None else list(words)
     _check.choice("word_maps", "kind", kind, list(LABELS))
     panels = _axes(len(chosen), axes)
@@ -282,6 +289,9 @@ def training_curves(
     """
     runs = dict(history) if isinstance(history, Mapping) else {"": history}
     read = {run: _history(entries) for run, entries in runs.items()}
+    for run, entries in read.items():
+        if not entries:
+            raise LapsValueError(_check.message("training_curves", f"history {run} is empty", "an epoch"))
     panels = _axes(len(names), axes, width=4.2, height=2.8)
     styles = ["-", "--", ":", "-."]
     for ax, name in zip(panels, names, strict=True):
@@ -350,10 +360,10 @@ def _overlay(why: Explanation, ax: Axes, rgba: NDArray[Any]) -> None:
 
 
 def _extent(why: Explanation) -> tuple[float, float, float, float]:
-    """The image's own proportions, with a patch as the unit of its width."""
+    """The image's own proportions, with a patch as the unit of its width; a strip is squeezed."""
     rows, columns = why.grid
     width, height = (columns, rows) if why.picture is None else why.picture.size
-    return (0.0, float(columns), columns * height / width, 0.0)
+    return (0.0, float(columns), columns * min(max(height / width, 1 / STRIP), STRIP), 0.0)
 
 
 def _borders(why: Explanation, ax: Axes, groups: NDArray[Any]) -> None:
@@ -380,7 +390,7 @@ def _item(ax: Axes, item: str | Path | Image.Image) -> None:
     if isinstance(item, str):
         ax.text(0.5, 0.5, _wrapped(item), ha="center", va="center", transform=ax.transAxes)
     elif isinstance(item, (Path, Image.Image)):
-        ax.imshow(np.asarray(open_image(item) if isinstance(item, Path) else item.convert("RGB")))
+        ax.imshow(np.asarray(open_image(item) if isinstance(item, Path) else as_rgb(item)))
     else:
         raise LapsTypeError(
             _check.message(
@@ -429,6 +439,10 @@ def _word(why: Explanation, word: str | int) -> Word:
                 return one
         known = ", ".join(one.text for one in why.words)
         raise LapsValueError(_check.message("word_map", f"the caption has no word {word!r}", known))
+    if isinstance(word, bool) or not isinstance(word, int):
+        raise LapsTypeError(
+            _check.message("word_map", "word has the wrong type", "str or int", _check.name_of(word))
+        )
     if not -len(why.words) <= word < len(why.words):
         raise LapsValueError(_check.message("word_map", "no such word", f"0 to {len(why.words) - 1}", word))
     return why.words[word]

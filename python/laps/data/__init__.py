@@ -3,10 +3,12 @@
 - :func:`load` and the ``read_*`` functions: any supported format to a :class:`RetrievalData`;
 - :class:`CaptionTokenizer`, :class:`ImageTransform`, :func:`open_image`: text to ids, image files to pixels;
 - :class:`CaptionDataset`, :class:`ImageDataset`: PyTorch datasets of these, for any DataLoader;
+- :mod:`laps.data.phrases`: phrases of captions with the boxes that they name, for :mod:`laps.grounding`;
 - :func:`check`: what is wrong with a data set;
 - :func:`make_scenes`: a data set of drawn scenes, to try all of it without a download.
 """
 
+from . import phrases
 from .check import CheckReport, check
 from .dataset import Batch, CaptionDataset, ImageDataset
 from .formats import load, read_caption_files, read_karpathy, read_pairs
@@ -29,6 +31,7 @@ __all__ = [
     "load",
     "make_scenes",
     "open_image",
+    "phrases",
     "read_caption_files",
     "read_karpathy",
     "read_pairs",

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from .. import _check
 from ..errors import LapsValueError
 
-__all__ = ["open_image"]
+__all__ = ["as_rgb", "open_image"]
 
 # Pillow's own threshold of a suspiciously large image: a quarter of a GiB as RGB.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -53,6 +53,22 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     return _open(Path(path), _check.count("open_image", "max_pixels", max_pixels))[0]
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image that Pillow has opened, as `open_image` gives a file: RGB, upright, transparency on white.
+
+    Raises:
+        LapsValueError: a truncated file, floating-point pixels.
+    """
+    try:
+        image.load()
+        return _rgb(_upright(image))
+    except Exception as error:
+        reason = f"{_check.name_of(error)}: {error}"
+        raise LapsValueError(
+            _check.message("as_rgb", "the image cannot be read", "a whole image", reason)
+        ) from error
+
+
 def open_with_mode(path: Path) -> tuple[Image.Image, str]:
     """The image as `open_image` gives it, and the Pillow mode that the file has."""
     return _open(path, MAX_PIXELS)
@@ -60,6 +76,8 @@ def open_with_mode(path: Path) -> tuple[Image.Image, str]:
 
 def _open(path: Path, max_pixels: int) -> tuple[Image.Image, str]:
     operation = "open_image"
+    if path.is_dir():
+        raise LapsValueError(_check.message(operation, f"{path} is a folder", "an image file"))
     if not path.is_file():
         raise LapsValueError(_check.message(operation, f"{path} is missing", "an image file"))
     try:

@@ -45,11 +45,16 @@ class Phrase:
     category: str = ""
 
     def __post_init__(self) -> None:
+        if not all(isinstance(box, (tuple, list)) and len(box) == 4 for box in self.boxes):
+            raise LapsTypeError(
+                _check.message("Phrase", "boxes is no list of boxes", "((x0, y0, x1, y1), ...)", self.boxes)
+            )
         if not 0 <= self.start < self.end <= len(self.caption):
             raise LapsValueError(
                 _check.message("Phrase", "start and end are no part of the caption", "0 <= start < end", self)
             )
-        if not self.boxes or any(x1 <= x0 or y1 <= y0 for x0, y0, x1, y1 in self.boxes):
+        # Written so that NaN is no box.
+        if not self.boxes or not all(x0 < x1 and y0 < y1 for x0, y0, x1, y1 in self.boxes):
             raise LapsValueError(
                 _check.message(
                     "Phrase", "boxes has none, or one without area", "x0 < x1, y0 < y1", self.boxes

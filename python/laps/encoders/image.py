@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._modes import eval_mode
 from ..errors import LapsError, LapsValueError
 from . import implementations
 from .backbone import prepare
@@ -143,9 +144,9 @@ class ImageEncoder(nn.Module):
         pixels = torch.zeros(
             1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype
         )
-        training = self.backbone.training
         try:
-            tokens = self._tokens_of(self.backbone.eval(), pixels)
+            with eval_mode(self.backbone):
+                tokens = self._tokens_of(self.backbone, pixels)
         except LapsError:
             raise
         except (ValueError, RuntimeError) as error:
@@ -158,8 +159,6 @@ class ImageEncoder(nn.Module):
                     reason,
                 )
             ) from error
-        finally:
-            self.backbone.train(training)
         if tokens.shape[1] <= self.num_prefix_tokens:
             raise LapsValueError(
                 _check.message(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from .._modes import eval_mode
 from ..errors import LapsTypeError, LapsValueError
 from . import implementations
 from .backbone import prepare
@@ -120,10 +121,9 @@ class TextEncoder(nn.Module):
     def _probe(self) -> int:
         """The size of the backbone's tokens, seen on one caption of one token."""
         parameter = next(self.backbone.parameters(), torch.empty(0))
-        training = self.backbone.training
         one = torch.ones(1, 1, dtype=torch.int64, device=parameter.device)
-        tokens = self._tokens_of(self.backbone.eval(), one, torch.tensor([1]))
-        self.backbone.train(training)
+        with eval_mode(self.backbone):
+            tokens = self._tokens_of(self.backbone, one, torch.tensor([1]))
         return tokens.shape[2]
 
     def extra_repr(self) -> str:

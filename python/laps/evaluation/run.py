@@ -14,6 +14,7 @@ import torch
 
 from .. import _check
 from .._laps import __version__
+from .._modes import eval_mode
 from ..data import RetrievalData
 from ..errors import LapsTypeError, LapsValueError
 from ..metrics import fold_metrics, fold_slices, retrieval_metrics
@@ -155,19 +156,15 @@ def evaluate(
 @contextlib.contextmanager
 def _at_rest(model: RetrievalModel, device: torch.device | str | None) -> Iterator[None]:
     """The model in eval mode, on `device`; then as it was."""
-    # Per module: a frozen backbone is in eval mode while the rest trains.
-    modes = [(module, module.training) for module in model.modules()]
     home = model.device
-    try:
-        model.eval()
-        if device is not None:
-            model.to(torch.device(device))
-        yield
-    finally:
-        if device is not None:
-            model.to(home)
-        for module, training in modes:
-            module.training = training
+    with eval_mode(model):
+        try:
+            if device is not None:
+                model.to(torch.device(device))
+            yield
+        finally:
+            if device is not None:
+                model.to(home)
 
 
 @contextlib.contextmanager
