@@ -15,6 +15,8 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 C, N, P = 16, 9, 1
+# Heads that say where a score comes from.
+EXPLAINING = [("laps", {}), ("chan", {})]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("laps", {}),
     ("laps", {"variant": "paper", "attention_weight": 0.5, "sampling": "topk", "score": "dot"}),
@@ -22,6 +24,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("laps", {"fusion": False, "direction_reduction": "mean", "selection_ratio": 0.8}),
     ("vse", {}),
     ("vse", {"pooling": "first"}),
+    ("chan", {}),
+    ("chan", {"pooling": "lse", "temperature": 0.2}),
 ]
 
 
@@ -72,15 +76,15 @@ def test_training_scores_are_those_of_the_features_and_reach_both_sides(
     images, words, lengths = tokens()
     images.requires_grad_()
     words.requires_grad_()
-    result, extra = head.training_scores(images, words, lengths)
-    result.sum().backward()
+    result = head.training_scores(images, words, lengths)
+    result.scores.sum().backward()
 
-    torch.testing.assert_close(result.detach(), scores(head), rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.scores.detach(), scores(head), rtol=0, atol=1e-6)
     assert images.grad is not None
     assert images.grad.any()
     assert words.grad is not None
     assert words.grad.any()
-    assert ("kept_fraction" in extra) is (options.get("variant") == "paper")
+    assert (result.kept_fraction is not None) is (options.get("variant") == "paper")
 
 
 def test_the_global_head_is_the_cosine_of_mean_patches_and_mean_words() -> None:
@@ -151,3 +155,66 @@ def test_the_laps_head_keeps_what_does_not_depend_on_the_caption() -> None:
     torch.testing.assert_close(features.embedding, mean[:, 0])
     texts = head.encode_text(words, lengths)
     torch.testing.assert_close(texts.embedding[1], normal(words[1, :3].mean(0), dim=0))
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_blocks_of_any_size_give_the_same_scores_and_gradients(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    images, words, lengths = tokens()
+    images.requires_grad_()
+    words.requires_grad_()
+    weights = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    found = []
+    for chunk in (2**40, 1):
+        if isinstance(head, laps.heads.PairHead):
+            head.chunk = chunk
+        images.grad = words.grad = None
+        head.zero_grad()
+        scores = head.training_scores(images, words, lengths).scores
+        (scores * weights).sum().backward()
+        assert images.grad is not None
+        assert words.grad is not None
+        own = [p.grad.clone() for p in head.parameters() if p.grad is not None]
+        found.append([scores.detach(), images.grad.clone(), words.grad.clone(), *own])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "options"), EXPLAINING)
+@pytest.mark.parametrize("masked", [False, True])
+def test_shares_sum_to_the_score(name: str, options: dict[str, Any], masked: bool) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).double().eval()
+    images, words, lengths = tokens()
+    photo, text = head.encode_image(images[:1].double()), head.encode_text(words[:1].double(), lengths[:1])
+    mask = torch.arange(N) % 2 == 0 if masked else None
+    with torch.no_grad():
+        at = head.explain(photo, text, mask=mask)
+        score = float(head.similarity(photo, text))
+    if not masked:
+        assert at.score == pytest.approx(score, abs=1e-9)
+    assert at.kept.sum() == (5 if masked else getattr(head, "num_kept", N))
+    per_word = at.patch_shares.sum(1) + at.prefix_shares.sum(1)
+    torch.testing.assert_close(torch.tensor(per_word), torch.tensor(at.shares.sum(0)))
+    assert at.alignment.shape == at.shares.shape == (len(at.token_weights) + at.num_prefix_tokens, 7)
+    if masked and name != "laps":
+        assert not at.patch_shares[:, ~at.kept].any()
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_what_is_not_finite_spoils_its_own_pairs_only(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    images, words, lengths = tokens()
+    expected = head.similarity(head.encode_image(images), head.encode_text(words, lengths))
+    images[1, P + 2, 3] = torch.nan
+    words[2, 0, 1] = torch.inf
+    found = head.similarity(head.encode_image(images), head.encode_text(words, lengths))
+    if options.get("pooling") == "first":
+        images[1, 0, 3] = torch.nan
+        found = head.similarity(head.encode_image(images), head.encode_text(words, lengths))
+    spoilt = torch.zeros(3, 4, dtype=torch.bool)
+    spoilt[1], spoilt[:, 2] = True, True
+    assert found[spoilt].isnan().all()
+    torch.testing.assert_close(found[~spoilt], expected[~spoilt])

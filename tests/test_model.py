@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_head_on_the_encoders_tokens(
     ids, lengths = token_ids(LENGTHS)
     ids = ids.remainder(40)
     tokens, words = model.image_encoder(pixels(3)), model.text_encoder(ids, lengths)
-    expected, _ = model.head.training_scores(tokens, words, lengths)
+    expected = model.head.training_scores(tokens, words, lengths).scores
     images, texts = encode(model)
 
     scores = model.similarity(images, texts)

@@ -23,11 +23,19 @@ def test_the_loss_is_the_objectives_and_reaches_every_parameter(
     model.freeze_backbones(False)
     loss, values = model(batch, warmup=0.5)
     tokens = model.image_encoder(batch.pixel_values)
-    scores, extra = model.head.training_scores(
+    scored = model.head.training_scores(
         tokens, model.text_encoder(batch.input_ids, batch.lengths), batch.lengths
     )
     ratio = getattr(model.head, "selection_ratio", 1.0)
-    expected, _ = model.objective(scores, batch.image_ids, warmup=0.5, selection_ratio=ratio, **extra)
+    expected, _ = model.objective(
+        scored.scores,
+        batch.image_ids,
+        warmup=0.5,
+        loss_scores=scored.loss_scores,
+        penalty=scored.penalty,
+        kept_fraction=scored.kept_fraction,
+        selection_ratio=ratio,
+    )
     loss.backward()
 
     torch.testing.assert_close(loss, expected)

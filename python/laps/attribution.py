@@ -8,6 +8,7 @@ each share splits without rest again, over the patches of its token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from . import _check, torch_backend
 from .errors import LapsValueError
+from .features import ImageFeatures, TextFeatures
 
-__all__ = ["Attribution", "attribute"]
+__all__ = ["Attribution", "attribute", "attribute_patches", "attribute_tokens", "one_pair"]
 
 Floats = NDArray[np.float64]
 
@@ -169,6 +171,96 @@ def attribute(
         shares=_array(shares),
         patch_shares=_array(pulled),
         prefix_shares=_array(shares[:p].T),
+        maps=_array(maps),
+    )
+
+
+def one_pair(images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor]:
+    """Patches (N, C) and real words (l, C) of features of one image and one caption, in float64.
+
+    Raises:
+        LapsValueError: features that are not finite.
+    """
+    assert images.patches is not None
+    assert texts.words is not None
+    patches, words = images.patches[0], texts.words[0, : int(texts.lengths[0])]
+    for name, tensor in (("patches", patches), ("words", words)):
+        if not bool(tensor.isfinite().all()):
+            raise LapsValueError(
+                _check.message("explain", f"{name} has values that are not finite", "finite")
+            )
+    return patches.detach().double(), words.detach().double()
+
+
+def attribute_patches(
+    patches: Tensor,
+    words: Tensor,
+    parts: Callable[[Tensor], Tensor],
+    *,
+    mask: Tensor | None = None,
+) -> Attribution:
+    """The attribution of a score that patches and words have a part in pair by pair.
+
+    Args:
+        patches: (N, C), as the score compares them.
+        words: (l, C), the real ones.
+        parts: from the cosines (N, l) of the patches that count to what each adds to the score, (N, l).
+        mask: (N,) bool, the patches that count; None for all.
+    """
+    kept = torch.ones(len(patches), dtype=torch.bool) if mask is None else mask.cpu()
+    units = F.normalize(patches, dim=-1)
+    cosines = (units @ F.normalize(words, dim=-1).T).cpu()[kept]
+    weights = torch.eye(len(patches), dtype=torch.float64)[kept]
+    shares = parts(cosines)
+    best = F.one_hot(cosines.argmax(0), len(cosines)).double()
+    return attribute_tokens(
+        patches,
+        kept=kept,
+        token_weights=weights,
+        alignment=cosines,
+        shares=shares,
+        patch_shares=shares.T @ weights,
+        maps=((best * cosines.T) @ weights).clamp(min=0),
+    )
+
+
+def attribute_tokens(
+    patches: Tensor,
+    *,
+    kept: Tensor,
+    token_weights: Tensor,
+    alignment: Tensor,
+    shares: Tensor,
+    patch_shares: Tensor,
+    maps: Tensor,
+    prefix_shares: Tensor | None = None,
+) -> Attribution:
+    """The attribution of a head that selects no patches by itself; :class:`Attribution` names its parts.
+
+    Args:
+        patches: (N, C).
+        kept: (N,) bool.
+        token_weights: (M - P, N).
+        alignment: (M, l).
+        shares: (M, l).
+        patch_shares: (l, N).
+        maps: (l, N).
+        prefix_shares: (l, P), or None for P = 0.
+    """
+    units = F.normalize(patches, dim=-1)
+    own = units @ F.normalize(patches.mean(0), dim=-1)
+    empty = patch_shares.new_zeros(len(patch_shares), 0)
+    return Attribution(
+        self_scores=_array(own),
+        text_scores=None,
+        keep_prob=None,
+        selection_scores=_array(own),
+        kept=_array(kept),
+        token_weights=_array(token_weights),
+        alignment=_array(alignment),
+        shares=_array(shares),
+        patch_shares=_array(patch_shares),
+        prefix_shares=_array(empty if prefix_shares is None else prefix_shares),
         maps=_array(maps),
     )
 

@@ -26,8 +26,7 @@ from .encoders.keys import check_weights
 from .errors import LapsError, LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads import SimilarityHead, build_head
-from .nn import LAPSHead
-from .objective import Objective
+from .objective import NAMES, Objective
 
 __all__ = ["LAPS"]
 
@@ -51,7 +50,7 @@ class LAPS(nn.Module, ModelHubMixin):
         tokenizer: captions to token ids; needed by `encode_captions`, training and evaluation. Where it
             allows longer captions than the text encoder has positions for, the model's copy cuts them there.
         transform: photographs to pixels. None: the published one at the encoder's size.
-        objective: the loss of `forward`. None: the hinge loss with margin 0.2.
+        objective: the loss of `forward`. None: the head's own (LAPS: the hinge loss with margin 0.2).
 
     Raises:
         LapsValueError: parts that do not fit each other. LapsTypeError: a part of the wrong type.
@@ -126,7 +125,7 @@ class LAPS(nn.Module, ModelHubMixin):
         self.head = head
         self.tokenizer = _within(tokenizer, text_encoder.max_length)
         self.transform = transform
-        self.objective = objective or Objective(max_score=_max_score(head))
+        self.objective = objective or _objective_for(head, {})
         self.frozen = False
 
     # ---- building
@@ -170,7 +169,7 @@ class LAPS(nn.Module, ModelHubMixin):
             text_checkpoint: the same for the text encoder.
             head: name of the similarity head.
             head_options: keyword arguments of the head, over those of the preset.
-            loss: keyword arguments of :class:`laps.objective.Objective`.
+            loss: keyword arguments of :class:`laps.objective.Objective`; None for the head's own.
             tokenizer: None: the text checkpoint's.
             encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`from_pretrained`.
 
@@ -201,7 +200,7 @@ class LAPS(nn.Module, ModelHubMixin):
             **(options | dict(head_options or {})),
         )
         transform = ImageTransform(image_size=images.image_size, mean=preset.mean, std=preset.std)
-        objective = _objective({"max_score": _max_score(built)} | dict(loss or {}))
+        objective = _objective_for(built, loss or {})
         return cls(images, texts, built, tokenizer=tokenizer, transform=transform, objective=objective)
 
     @classmethod
@@ -355,15 +354,17 @@ class LAPS(nn.Module, ModelHubMixin):
         """
         images = self.image_encoder(batch.pixel_values)
         words = self.text_encoder(batch.input_ids, batch.lengths)
-        scores, extra = self.head.training_scores(images, words, batch.lengths)
-        result: tuple[Tensor, dict[str, Tensor]] = self.objective(
-            scores,
+        scored = self.head.training_scores(images, words, batch.lengths)
+        loss, values = self.objective(
+            scored.scores,
             batch.image_ids,
             warmup=warmup,
+            loss_scores=scored.loss_scores,
+            penalty=scored.penalty,
+            kept_fraction=scored.kept_fraction,
             selection_ratio=getattr(self.head, "selection_ratio", 1.0),
-            **extra,
         )
-        return result
+        return loss, values | dict(scored.log)
 
     def freeze_backbones(self, frozen: bool = True) -> None:
         """Train the projections and the head alone; ``False`` lets the backbones learn again.
@@ -590,12 +591,6 @@ def _require_equal(image_encoder: ImageEncoder, other: str, part: object, *names
             )
 
 
-def _max_score(head: SimilarityHead) -> float:
-    """The bound of a head's scores: LAPS adds two directions, each a mean of cosines."""
-    added = isinstance(head, LAPSHead) and (head.directions, head.direction_reduction) == ("both", "sum")
-    return 2.0 if added else 1.0
-
-
 def _within(tokenizer: CaptionTokenizer | None, longest: int | None) -> CaptionTokenizer | None:
     """The tokenizer, or one that cuts captions to what the text encoder has positions for."""
     if tokenizer is None or longest is None or tokenizer.max_length <= longest:
@@ -633,6 +628,14 @@ def _made_from(path: Path) -> Iterator[None]:
         yield
     except LapsError as error:
         raise type(error)(f"{path}: {error}") from error
+
+
+def _objective_for(head: SimilarityHead, options: Mapping[str, Any]) -> Objective:
+    """The head's own loss where the options name no other, and its own settings unless they are given."""
+    own = dict(head.default_loss)
+    if options.get("name", own.get("name", NAMES[0])) != own.get("name", NAMES[0]):
+        own = {}
+    return _objective({"max_score": head.max_score} | own | dict(options))
 
 
 def _objective(options: Mapping[str, Any]) -> Objective:

@@ -15,7 +15,7 @@ from ._precision import wide
 from .attribution import Attribution, attribute
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
-from .heads.base import SimilarityHead, mean_of_words, register_head
+from .heads.base import SimilarityHead, TrainingScores, mean_of_words, register_head
 
 __all__ = ["LAPSHead", "PatchCalibration", "PatchScore", "PatchSelection", "PatchWordAlignment"]
 
@@ -386,6 +386,11 @@ class LAPSHead(SimilarityHead):
         self.score = PatchScore(self.embed_dim) if scored else None
 
     @property
+    def max_score(self) -> float:
+        """2 for the sum of two directions, each a mean of cosines; else 1."""
+        return 2.0 if (self.directions, self.direction_reduction) == ("both", "sum") else 1.0
+
+    @property
     def num_tokens(self) -> int:
         """N_c, the number of aggregated tokens."""
         return self.aggregation.num_tokens
@@ -575,12 +580,12 @@ class LAPSHead(SimilarityHead):
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> TrainingScores:
         """Scores (B_v, B_t) and, in the paper variant, the kept fraction (B_v, B_t) for the ratio loss."""
         if self.score is None:
-            return self(image_tokens, word_tokens, word_lengths), {}
+            return TrainingScores(self(image_tokens, word_tokens, word_lengths))
         scores, kept_fraction = self(image_tokens, word_tokens, word_lengths, return_kept_fraction=True)
-        return scores, {"kept_fraction": kept_fraction}
+        return TrainingScores(scores, kept_fraction=kept_fraction)
 
     def keep_probability(self, image_tokens: Tensor) -> Tensor:
         """The score net's opinion alone, to log: it is known to be unstable.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class Objective(nn.Module):
         image_ids: Tensor,
         *,
         warmup: float | None = None,
+        loss_scores: Sequence[Tensor] = (),
+        penalty: Tensor | None = None,
         kept_fraction: Tensor | None = None,
         selection_ratio: float = 1.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,20 +104,17 @@ class Objective(nn.Module):
             image_ids: (B,) integers; pairs of the same image are never negatives.
             warmup: in the first epoch the share of its steps that are done, in [0, 1]: the hinge then sums
                 over all negatives and is scaled by this. None afterwards.
+            loss_scores: matrices (B, B) to sum the loss over; empty: `scores`.
+            penalty: 0-d, what the head adds to the loss; or None.
             kept_fraction: (B, B), share of kept patches, for the ratio loss; None for none.
             selection_ratio: rho, what the kept fraction is held to.
         """
         if warmup is not None:
             _check.number("Objective", "warmup", warmup, 0.0, 1.0)
-        if self.name == "hinge":
-            loss = losses.hinge_loss(scores, image_ids, image_ids, self.margin, hardest=warmup is None)
-        elif self.name == "triplet":
-            loss = losses.distance_weighted_triplet_loss(
-                scores, image_ids, image_ids, self.margin, max_score=self.max_score
-            )
-        else:
-            assert self.info_nce is not None
-            loss = self.info_nce(scores, image_ids, image_ids)
+        first, *others = loss_scores or [scores]
+        loss = self._loss(first, image_ids, hardest=warmup is None)
+        for each in others:
+            loss = loss + self._loss(each, image_ids, hardest=warmup is None)
         if warmup is not None:
             loss = loss * warmup
         values = self._values(scores.detach(), image_ids)
@@ -122,9 +122,23 @@ class Objective(nn.Module):
             ratio = losses.ratio_loss(kept_fraction, selection_ratio)
             loss = loss + self.ratio_weight * ratio
             values |= {"ratio_loss": ratio.detach(), "kept_fraction": kept_fraction.detach().mean()}
+        if penalty is not None:
+            loss = loss + penalty
+            values["penalty"] = penalty.detach()
         if self.info_nce is not None:
             values["temperature"] = (-self.info_nce.log_scale.detach()).exp()
         return loss, {"loss": loss.detach()} | values
+
+    def _loss(self, scores: Tensor, image_ids: Tensor, *, hardest: bool) -> Tensor:
+        if self.name == "hinge":
+            return losses.hinge_loss(scores, image_ids, image_ids, self.margin, hardest=hardest)
+        if self.name == "triplet":
+            return losses.distance_weighted_triplet_loss(
+                scores, image_ids, image_ids, self.margin, max_score=self.max_score
+            )
+        assert self.info_nce is not None
+        loss: Tensor = self.info_nce(scores, image_ids, image_ids)
+        return loss
 
     def _values(self, scores: Tensor, image_ids: Tensor) -> dict[str, Tensor]:
         ids = image_ids.to(scores.device)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -14,23 +15,53 @@ from ..attribution import Attribution
 from ..errors import LapsTypeError, LapsValueError
 from ..features import ImageFeatures, Span, TextFeatures
 
-__all__ = ["SimilarityHead", "build_head", "head_names", "register_head"]
+__all__ = ["SimilarityHead", "TrainingScores", "build_head", "head_names", "register_head"]
 
 _HEADS: dict[str, type[SimilarityHead]] = {}
 HeadT = TypeVar("HeadT", bound="type[SimilarityHead]")
+
+
+@dataclass(frozen=True)
+class TrainingScores:
+    """What a head gives to a loss.
+
+    Attributes:
+        scores: (B_v, B_t), differentiable: what retrieval ranks by.
+        loss_scores: matrices (B_v, B_t) that the loss is summed over; empty where `scores` is the only one.
+        penalty: a 0-d tensor that is added to the loss, or None.
+        kept_fraction: (B_v, B_t), share of the patches kept per pair, for the ratio loss, or None.
+        log: 0-d tensors that a log should show, detached.
+    """
+
+    scores: Tensor
+    loss_scores: Sequence[Tensor] = ()
+    penalty: Tensor | None = None
+    kept_fraction: Tensor | None = None
+    log: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class SimilarityHead(nn.Module, ABC):
     """Scores of images against captions, in two steps: what is known of each side alone, then the pairs.
 
     A subclass takes ``(embed_dim, num_patches, *, num_prefix_tokens, ...)``, tells its other options by
-    `options`, and implements `encode_image`, `encode_text`, `similarity` and `similarity_pairwise`.
+    `options`, and implements `encode_image`, `encode_text`, `similarity` and `similarity_pairwise`. One whose
+    scores need both sides at once has less to write in :class:`laps.heads.PairHead`.
+
+    Attributes:
+        name: what it is found by; :func:`register_head` sets it.
+        default_loss: keyword arguments of :class:`laps.objective.Objective`, as its authors train it.
     """
 
     name: ClassVar[str] = ""
+    default_loss: ClassVar[Mapping[str, Any]] = {}
     embed_dim: int
     num_patches: int
     num_prefix_tokens: int
+
+    @property
+    def max_score(self) -> float:
+        """The bound of the scores, which the loss "triplet" turns into distances; 1 for cosines."""
+        return 1.0
 
     @abstractmethod
     def options(self) -> dict[str, Any]:
@@ -76,10 +107,10 @@ class SimilarityHead(nn.Module, ABC):
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> TrainingScores:
         """Scores (B_v, B_t), differentiable, and what else the loss needs or a log should show."""
         images = self.encode_image(image_tokens)
-        return self.similarity(images, self.encode_text(word_tokens, word_lengths)), {}
+        return TrainingScores(self.similarity(images, self.encode_text(word_tokens, word_lengths)))
 
 
 def mean_of_words(word_tokens: Tensor, word_lengths: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""Heads whose scores need both sides at once: all pairs in blocks, so that memory has a bound."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import _check
+from .._precision import wide
+from ..features import ImageFeatures, Span, TextFeatures
+from .base import SimilarityHead, mean_of_words
+
+__all__ = ["PairHead", "Pairs", "unit"]
+
+# Bytes that the pairs of a block may take, unless a head is told otherwise.
+CHUNK = 256 * 2**20
+# Of a norm: the root has no gradient at zero.
+EPS = 1e-8
+
+
+def unit(x: Tensor) -> Tensor:
+    """l2-normalised over the last axis; zero stays zero, with a finite gradient."""
+    return x / (x.square().sum(-1, keepdim=True) + EPS**2).sqrt()
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Some images beside some captions; what is made of both has leading axes (b, t), or (b,) if paired.
+
+    Attributes:
+        images: of b images.
+        texts: of t captions, padded to the longest of them; padding is zero.
+        paired: whether image i is beside caption i only (t = b).
+    """
+
+    images: ImageFeatures
+    texts: TextFeatures
+    paired: bool = False
+
+    @property
+    def patches(self) -> Tensor:
+        """(b, N, C)."""
+        assert self.images.patches is not None
+        return self.images.patches
+
+    @property
+    def words(self) -> Tensor:
+        """(t, L, C)."""
+        assert self.texts.words is not None
+        return self.texts.words
+
+    def of_images(self, x: Tensor) -> Tensor:
+        """(b, ...) to (b, 1, ...), or as it is if paired: it broadcasts with what belongs to captions."""
+        return x if self.paired else x[:, None]
+
+    def of_texts(self, x: Tensor) -> Tensor:
+        """(t, ...) to (1, t, ...), or as it is if paired."""
+        return x if self.paired else x[None]
+
+    @property
+    def real(self) -> Tensor:
+        """(1, t, L) or (b, L) bool, False at padding."""
+        words = self.words
+        lengths = self.texts.lengths.to(words.device)
+        return self.of_texts(torch.arange(words.shape[1], device=words.device) < lengths[:, None])
+
+    @property
+    def lengths(self) -> Tensor:
+        """(1, t) or (b,), the number of words, in the words' dtype."""
+        return self.of_texts(self.texts.lengths.to(self.words))
+
+    def products(self, patches: Tensor, words: Tensor) -> Tensor:
+        """(b, N, C) and (t, L, C) to all inner products, (b, t, N, L) or (b, N, L)."""
+        return torch.einsum("bnc,blc->bnl" if self.paired else "bnc,tlc->btnl", patches, words)
+
+
+class PairHead(SimilarityHead):
+    """A head that is written as one function of images beside captions, :meth:`pair_scores`.
+
+    All pairs are scored block by block. In training the blocks are computed again in the backward pass where
+    there are several, so that what they hold is bounded too.
+
+    Args:
+        embed_dim: C.
+        num_patches: N, any number.
+        num_prefix_tokens: P, tokens that are left out of the patches.
+
+    Attributes:
+        chunk: bytes that a block may take; set it for another bound.
+    """
+
+    chunk: int = CHUNK
+
+    def __init__(self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.embed_dim = _check.count(name, "embed_dim", embed_dim)
+        self.num_patches = _check.count(name, "num_patches", num_patches)
+        self.num_prefix_tokens = _check.count(name, "num_prefix_tokens", num_prefix_tokens, 0)
+
+    @abstractmethod
+    def pair_scores(self, pairs: Pairs) -> Tensor:
+        """Scores (b, t), or (b,) if paired, in float32 or float64; autocast is off here."""
+
+    def pair_floats(self, patches: int, words: int) -> int:
+        """How many numbers `pair_scores` holds at once for a pair of so many patches and words."""
+        return 4 * patches * words
+
+    def encode_image(self, image_tokens: Tensor) -> ImageFeatures:
+        patches = image_tokens[:, self.num_prefix_tokens :]
+        return ImageFeatures(embedding=unit(wide(patches).mean(1)), patches=patches)
+
+    def encode_text(
+        self, word_tokens: Tensor, word_lengths: Tensor, spans: list[list[Span]] | None = None
+    ) -> TextFeatures:
+        # What stands at padding may be anything, and NaN times zero is NaN.
+        real = torch.arange(word_tokens.shape[1]) < word_lengths.cpu()[:, None]
+        words = word_tokens.masked_fill(~real[..., None].to(word_tokens.device), 0)
+        embedding = unit(mean_of_words(wide(words), word_lengths))
+        return TextFeatures(embedding=embedding, lengths=word_lengths.cpu(), words=words, spans=spans)
+
+    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Scores (B_v, B_t) of every image with every caption, `chunk` bytes at a time."""
+        assert images.patches is not None
+        # Captions of like length share a block, and hardly any padding.
+        order = texts.lengths.argsort(descending=True, stable=True)
+        image_step, text_step = self._steps(images, texts)
+        blocks = [
+            (image, order[t : t + text_step])
+            for t in range(0, len(texts), text_step)
+            for image in range(0, len(images), image_step)
+        ]
+        recompute = torch.is_grad_enabled() and len(blocks) > 1
+        columns: dict[int, list[Tensor]] = {}
+        for number, (image, captions) in enumerate(blocks):
+            pairs = Pairs(images[image : image + image_step], texts[captions])
+            scored = checkpoint(self._block, pairs, use_reentrant=False) if recompute else self._block(pairs)
+            columns.setdefault(number // -(-len(images) // image_step), []).append(scored)
+        scores = torch.cat([torch.cat(column) for column in columns.values()], dim=1)
+        return scores[:, order.argsort().to(scores.device)]
+
+    def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        return self._block(Pairs(images, texts, paired=True))
+
+    def _block(self, pairs: Pairs) -> Tensor:
+        with torch.autocast(pairs.patches.device.type, enabled=False):
+            images = pairs.images.to(dtype=wide(pairs.patches).dtype)
+            texts = pairs.texts.to(dtype=wide(pairs.words).dtype)
+            return self.pair_scores(Pairs(images, texts, pairs.paired))
+
+    def _steps(self, images: ImageFeatures, texts: TextFeatures) -> tuple[int, int]:
+        """Images and captions of a block."""
+        assert images.patches is not None
+        assert texts.words is not None
+        size = wide(images.embedding[:0]).element_size()
+        one = size * self.pair_floats(images.patches.shape[1], texts.words.shape[1])
+        fitting = max(1, self.chunk // max(one, 1))
+        # Square blocks read least of either side.
+        captions = min(len(texts), max(1, fitting // max(1, min(len(images), int(fitting**0.5)))))
+        return max(1, min(len(images), fitting // captions)), captions
