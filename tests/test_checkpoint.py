@@ -259,7 +259,7 @@ def test_of_many_weights_that_do_not_fit_those_of_each_part_are_named(saved: Pat
         ("config.json", "image_projection", 1, "LAPSConfig: image_projection is no flag"),
         ("config.json", "head", "slim", "build_head: name is unknown"),
         ("config.json", "head_options", {"rho": 0.5}, 'build_head: "laps" refuses an option'),
-        ("config.json", "loss", {"bound": 2.0}, "LAPS: loss has an unknown option"),
+        ("config.json", "loss", {"bound": 2.0}, "Objective: the loss has an unknown option"),
         ("config.json", "image_encoder", {"model_type": ["vit"]}, "encoder config: model_type is unknown"),
         (
             "config.json",

@@ -449,7 +449,7 @@ def test_help_of_train_tells_what_each_option_does_its_choices_and_its_default(
     assert preset.format("0.0001", "0.0002") in texts["--learning-rate"]
     assert "(default: 0.1)" in texts["--backbone-lr-ratio"]
     for option, choices in {
-        "--head": "{laps,vse}",
+        "--head": f"{{{','.join(laps.heads.head_names())}}}",
         "--loss": "{hinge,triplet,info_nce}",
         "--schedule": "{milestones,one_cycle}",
         "--on-error": "{raise,skip}",

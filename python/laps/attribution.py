@@ -22,7 +22,7 @@ from . import _check, torch_backend
 from .errors import LapsValueError
 from .features import ImageFeatures, TextFeatures
 
-__all__ = ["Attribution", "attribute", "attribute_patches", "attribute_tokens", "one_pair"]
+__all__ = ["Attribution", "attribute", "attribute_patches", "attribute_tokens", "kept_patches", "one_pair"]
 
 Floats = NDArray[np.float64]
 
@@ -192,6 +192,26 @@ def one_pair(images: ImageFeatures, texts: TextFeatures) -> tuple[Tensor, Tensor
     return patches.detach().double(), words.detach().double()
 
 
+def kept_patches(count: int, mask: Tensor | None) -> Tensor:
+    """Which patches take part, (N,) bool on the CPU.
+
+    Raises:
+        LapsValueError: a mask of another number of patches or of none.
+    """
+    if mask is None:
+        return torch.ones(count, dtype=torch.bool)
+    if mask.dtype != torch.bool or mask.shape != (count,) or not bool(mask.any()):
+        raise LapsValueError(
+            _check.message(
+                "explain",
+                "mask does not fit",
+                f"bool ({count},), of at least one patch",
+                f"{mask.dtype} {tuple(mask.shape)}, {int(mask.sum())} kept",
+            )
+        )
+    return mask.cpu()
+
+
 def attribute_patches(
     patches: Tensor,
     words: Tensor,
@@ -207,7 +227,7 @@ def attribute_patches(
         parts: from the cosines (N, l) of the patches that count to what each adds to the score, (N, l).
         mask: (N,) bool, the patches that count; None for all.
     """
-    kept = torch.ones(len(patches), dtype=torch.bool) if mask is None else mask.cpu()
+    kept = kept_patches(len(patches), mask)
     units = F.normalize(patches, dim=-1)
     cosines = (units @ F.normalize(words, dim=-1).T).cpu()[kept]
     weights = torch.eye(len(patches), dtype=torch.float64)[kept]

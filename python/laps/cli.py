@@ -249,6 +249,35 @@ def _make_scenes(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from . import compare
+
+    if options.config is None:
+        for name, path in compare.configs().items():
+            print(f"{name:16} {path}")
+        return 0
+    comparison = compare.read(options.config, data=options.data, images=options.images)
+    if options.seeds:
+        comparison = replace(comparison, seeds=tuple(options.seeds))
+    if options.rows:
+        known = [row.name for row in comparison.rows]
+        chosen = [_check.choice("laps compare", "--rows", name, known) for name in options.rows]
+        comparison = replace(comparison, rows=tuple(row for row in comparison.rows if row.name in chosen))
+    out = options.out or Path("out/compare") / Path(options.config).stem
+    table = compare.run(
+        comparison,
+        out,
+        device=options.device,
+        num_workers=options.num_workers,
+        progress=not options.quiet,
+    )
+    print(table)
+    print(f"tables: {out}/table.md, .tex, .csv, .json")
+    return 0
+
+
 def _heads_list(options: argparse.Namespace) -> int:
     from . import heads
 
@@ -286,6 +315,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(commands.add_parser("train", help="train a model on a data set"))
     _add_eval(commands.add_parser("eval", help="recall of a trained model on a split"))
+    _add_compare(
+        commands.add_parser("compare", help="train and evaluate several heads alike; writes their table")
+    )
 
     why = commands.add_parser("explain", help="why an image and a caption have their score")
     why.add_argument("image", type=Path, help="an image file")
@@ -370,6 +402,23 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--margin", type=float, metavar="X", help=f"of hinge and triplet (default: {MARGIN})")
     add_train_options(parser.add_argument_group("recipe", "the defaults are the published recipe"))
     parser.set_defaults(command=_train)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="?", help="a YAML file, or the name of a comparison of laps; without it: their names"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the runs (default: out/compare/CONFIG)")
+    parser.add_argument("--data", type=Path, help="a file or folder of captions, in place of the config's")
+    parser.add_argument("--images", type=Path, help="folder of the images, in place of the config's")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the config's")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument(
+        "--num-workers", type=int, default=4, metavar="N", help="processes that load images (default: 4)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(command=_compare)
 
 
 def _add_eval(parser: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ from .encoders.keys import check_weights
 from .errors import LapsError, LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads import SimilarityHead, build_head
-from .objective import NAMES, Objective
+from .objective import Objective
 
 __all__ = ["LAPS"]
 
@@ -125,7 +125,7 @@ class LAPS(nn.Module, ModelHubMixin):
         self.head = head
         self.tokenizer = _within(tokenizer, text_encoder.max_length)
         self.transform = transform
-        self.objective = objective or _objective_for(head, {})
+        self.objective = objective or Objective.for_head(head)
         self.frozen = False
 
     # ---- building
@@ -178,7 +178,7 @@ class LAPS(nn.Module, ModelHubMixin):
         """
         preset = PRESETS[_check.choice("LAPS.from_preset", "name", name, list(PRESETS))]
         # Before the weights are read, which takes long.
-        _objective(loss or {})
+        Objective.from_options(loss or {})
         if pretrained:
             text_source = text_checkpoint or preset.text_checkpoint
             images = ImageEncoder.from_pretrained(
@@ -200,7 +200,7 @@ class LAPS(nn.Module, ModelHubMixin):
             **(options | dict(head_options or {})),
         )
         transform = ImageTransform(image_size=images.image_size, mean=preset.mean, std=preset.std)
-        objective = _objective_for(built, loss or {})
+        objective = Objective.for_head(built, loss or {})
         return cls(images, texts, built, tokenizer=tokenizer, transform=transform, objective=objective)
 
     @classmethod
@@ -222,7 +222,7 @@ class LAPS(nn.Module, ModelHubMixin):
             **config.head_options,
         )
         texts = _text_encoder(config, text_encoder)
-        return cls(image_encoder, texts, head, objective=_objective(config.loss), **parts)
+        return cls(image_encoder, texts, head, objective=Objective.from_options(config.loss), **parts)
 
     @property
     def config(self) -> LAPSConfig:
@@ -628,25 +628,6 @@ def _made_from(path: Path) -> Iterator[None]:
         yield
     except LapsError as error:
         raise type(error)(f"{path}: {error}") from error
-
-
-def _objective_for(head: SimilarityHead, options: Mapping[str, Any]) -> Objective:
-    """The head's own loss where the options name no other, and its own settings unless they are given."""
-    own = dict(head.default_loss)
-    if options.get("name", own.get("name", NAMES[0])) != own.get("name", NAMES[0]):
-        own = {}
-    return _objective({"max_score": head.max_score} | own | dict(options))
-
-
-def _objective(options: Mapping[str, Any]) -> Objective:
-    try:
-        return Objective(**options)
-    except TypeError as error:
-        if isinstance(error, LapsTypeError):
-            raise
-        raise LapsTypeError(
-            _check.message("LAPS", "loss has an unknown option", "those of Objective", error)
-        ) from None
 
 
 def _described_backbone(config: LAPSConfig, side: str) -> dict[str, Any]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 from torch.amp.autocast_mode import is_autocast_available
 
-from . import _check
+from . import _check, ablations
 from . import functional as F
 from ._precision import wide
-from .attribution import Attribution, attribute
+from .attribution import Attribution, attribute, kept_patches
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 from .heads.base import SimilarityHead, TrainingScores, mean_of_words, register_head
@@ -21,6 +22,13 @@ __all__ = ["LAPSHead", "PatchCalibration", "PatchScore", "PatchSelection", "Patc
 
 VARIANTS = ("released", "paper")
 SELECTIONS = ("text", "image", "none")
+ABLATION_OPTIONS = {
+    "calibration": "aggregation",
+    "alignment": "spa",
+    "words": "all",
+    "word_ratio": 0.5,
+    "max_words": 64,
+}
 
 
 class PatchScore(nn.Module):
@@ -265,16 +273,24 @@ class LAPSHead(SimilarityHead):
     training its noise is drawn from torch's default CPU generator (so ``torch.manual_seed`` repeats it); in
     eval mode there is none.
 
-    The rows of the paper's Table 4 about selection, fusion and direction, each as one argument:
+    The rows of the paper's Table 4, also in :data:`laps.ablations.TABLE_4` under the names that it prints:
 
     =============================================  ===========================================
     without patch selection (keep all)             ``selection="none"``
     without language context                       ``selection="image"`` (paper: (1-beta) p + beta a),
                                                    or ``variant="paper", attention_weight=0`` (p alone)
     only attentive scores                          ``variant="paper", attention_weight=1``
+    without patch calibration                      ``calibration="none", fusion=False``: the tokens are the
+                                                   prefix and the kept patches
     without redundant fusion                       ``fusion=False``
+    clustering in place of the aggregation         ``calibration="clustering"``
+    SCAN alignment                                 ``alignment="scan"``
     only patch-to-word, only word-to-patch         ``directions="patch_to_word"``, ``"word_to_patch"``
+    word selection, word aggregation, both         ``words="selection"``, ``"aggregation"``, ``"both"``
     =============================================  ===========================================
+
+    Another `calibration`, `alignment` or `words` than the default is computed by :mod:`laps.ablations`, in
+    plain PyTorch: no native kernels, no `explain`.
 
     Args:
         embed_dim: C, the size of both kinds of tokens.
@@ -293,6 +309,21 @@ class LAPSHead(SimilarityHead):
         selection: what patches are selected by: ``"text"`` (image and text), ``"image"`` (the image alone),
             ``"none"`` (all are kept, N_c unchanged, no fused token, no score net).
         fusion: whether dropped patches form the fused token.
+        calibration: what becomes of the kept patches: ``"aggregation"`` (N_c tokens by the aggregation
+            network), ``"none"`` (each is a token) or ``"clustering"`` (means of N_c clusters: DPC-kNN on
+            normalised patches, 5 neighbours; no gradient through the choice). Without the network there is
+            no `aggregation`.
+        alignment: ``"spa"``, or ``"scan"``: the cosine of each word with the mean of the tokens that it
+            attends to, averaged over the words. SCAN has its own leaky ReLU (0.1) and temperature (9), and
+            one direction.
+        words: ``"all"``; ``"selection"``: per pair the ceil(word_ratio * l) words with the highest cosine to
+            the mean of the words plus cosine to the mean of the patches, at least 4, the first ([CLS]) always
+            among them; ``"aggregation"``: max(4, int(0.75 l)) words made of the l words by another network of
+            the same form; ``"both"``: those of the words selected. Which patches are selected does not
+            depend on it.
+        word_ratio: share of the words kept, in (0, 1].
+        max_words: the length of a caption from which on it gets no more aggregated words, >= 1: the network
+            has outputs for that many. Shorter captions use the first ones.
         attention_weight: beta, weight of the attentive scores against the score net's, in [0, 1]; paper
             variant.
         score: ``"cosine"``, or ``"dot"`` as equation 2 prints.
@@ -300,14 +331,16 @@ class LAPSHead(SimilarityHead):
         temperature: of the Gumbel softmax, > 0.
         chunk: scratch memory of a call in bytes; None for 24 MiB (native), 48 MiB (torch), on a GPU
             1 GiB forward and 192 MiB backward (native). One caption and,
-            native, one image per thread are held in any case.
+            native, one image per thread are held in any case. :mod:`laps.ablations`: 256 MiB.
         backend: ``"auto"``, ``"torch"`` or ``"native"``.
 
     Parameters in the state dict: ``aggregation.scale``, ``aggregation.norm.*``, ``aggregation.fc1.*``,
-    ``aggregation.fc2.*``; the paper variant adds ``score.norm.*``, ``score.fc1.*``, ``score.fc2.*``.
+    ``aggregation.fc2.*``; the paper variant adds ``score.norm.*``, ``score.fc1.*``, ``score.fc2.*``,
+    aggregated words ``word_aggregation.*`` as ``aggregation.*``.
 
     Raises:
-        LapsValueError, LapsTypeError: an argument out of its range; N_c < 1.
+        LapsValueError, LapsTypeError: an argument out of its range; N_c < 1; the native backend with what
+        it does not have.
 
     Source: Fu et al., Linguistic-Aware Patch Slimming Framework for Fine-grained Cross-Modal Alignment (CVPR
     2024).
@@ -319,7 +352,9 @@ class LAPSHead(SimilarityHead):
         torch.Size([2, 3])
     """
 
+    aggregation: PatchCalibration  # unless another calibration takes its place
     score: PatchScore | None
+    word_aggregation: PatchCalibration | None
 
     def __init__(
         self,
@@ -335,6 +370,11 @@ class LAPSHead(SimilarityHead):
         negative_slope: float | None = None,
         selection: str = "text",
         fusion: bool = True,
+        calibration: str = "aggregation",
+        alignment: str = "spa",
+        words: str = "all",
+        word_ratio: float = 0.5,
+        max_words: int = 64,
         attention_weight: float = 0.8,
         score: str = "cosine",
         sampling: str = "gumbel",
@@ -362,6 +402,12 @@ class LAPSHead(SimilarityHead):
             negative_slope = 1.0 if self.variant == "paper" else 0.1
         self.negative_slope = _check.number(operation, "negative_slope", negative_slope, 0.0, 1.0)
         self.selection = _check.choice(operation, "selection", selection, SELECTIONS)
+        self.fusion = _check.flag(operation, "fusion", fusion)
+        self.calibration = _check.choice(operation, "calibration", calibration, ablations.CALIBRATIONS)
+        self.alignment = _check.choice(operation, "alignment", alignment, ablations.ALIGNMENTS)
+        self.words = _check.choice(operation, "words", words, ablations.WORDS)
+        self.word_ratio = _check.number(operation, "word_ratio", word_ratio, 0.0, 1.0, open_low=True)
+        self.max_words = _check.count(operation, "max_words", max_words)
         self.attention_weight = _check.number(operation, "attention_weight", attention_weight, 0.0, 1.0)
         self.selection_score = _check.choice(operation, "score", score, F.SCORES)
         self.sampling = _check.choice(operation, "sampling", sampling, F.SAMPLINGS)
@@ -369,9 +415,10 @@ class LAPSHead(SimilarityHead):
         self.chunk = None if chunk is None else _check.count(operation, "chunk", chunk)
         self.backend = _check_backend(operation, backend)
 
-        # The order of this product is part of the definition: another one rounds to another N_c.
-        num_tokens = int(self.num_patches * self.aggregation_ratio * self.selection_ratio)
-        if num_tokens < 1:
+        ablations.check_backend(operation, self._switches, self.backend)
+
+        num_tokens = self.num_tokens
+        if num_tokens < 1 and self.calibration != "none":
             raise LapsValueError(
                 _check.message(
                     operation,
@@ -380,20 +427,29 @@ class LAPSHead(SimilarityHead):
                     f"int({num_patches} * {aggregation_ratio} * {selection_ratio}) = {num_tokens}",
                 )
             )
-        self.aggregation = PatchCalibration(self.embed_dim, num_tokens, fusion=fusion, backend=backend)
-        # Without selection the score net would have no gradient, which DDP refuses.
+        # A network that is not used would have no gradient, which DDP refuses.
+        if self.calibration == "aggregation":
+            self.aggregation = PatchCalibration(self.embed_dim, num_tokens, fusion=fusion, backend=backend)
         scored = self.variant == "paper" and self.selection != "none"
         self.score = PatchScore(self.embed_dim) if scored else None
+        self.word_aggregation = None
+        if self._switches.aggregates_words:
+            slots = ablations.word_slots(self.max_words)
+            self.word_aggregation = PatchCalibration(self.embed_dim, slots, backend=backend)
 
     @property
     def max_score(self) -> float:
         """2 for the sum of two directions, each a mean of cosines; else 1."""
-        return 2.0 if (self.directions, self.direction_reduction) == ("both", "sum") else 1.0
+        summed = (self.alignment, self.directions, self.direction_reduction) == ("spa", "both", "sum")
+        return 2.0 if summed else 1.0
 
     @property
     def num_tokens(self) -> int:
-        """N_c, the number of aggregated tokens."""
-        return self.aggregation.num_tokens
+        """N_c, the number of aggregated tokens or clusters; 0 without calibration."""
+        if self.calibration == "none":
+            return 0
+        # The order of this product is part of the definition: another one rounds to another N_c.
+        return int(self.num_patches * self.aggregation_ratio * self.selection_ratio)
 
     @property
     def num_kept(self) -> int:
@@ -447,8 +503,8 @@ class LAPSHead(SimilarityHead):
             LapsValueError: a wrong number of tokens, a wrong C, and all of
             :func:`laps.functional.similarity`. LapsTypeError: a wrong dtype.
         """
-        result: Tensor | tuple[Tensor, Tensor] = F.similarity(
-            **self._arguments(image_tokens, word_tokens, word_lengths, return_kept_fraction)
+        result: Tensor | tuple[Tensor, Tensor] = self._score_pairs(
+            F.similarity, self._arguments(image_tokens, word_tokens, word_lengths), return_kept_fraction
         )
         return result
 
@@ -479,16 +535,22 @@ class LAPSHead(SimilarityHead):
         return_kept_fraction: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Scores (B,) of image i with caption i, the diagonal of `forward`; same arguments and errors."""
-        result: Tensor | tuple[Tensor, Tensor] = F.similarity_pairwise(
-            **self._arguments(image_tokens, word_tokens, word_lengths, return_kept_fraction)
+        result: Tensor | tuple[Tensor, Tensor] = self._score_pairs(
+            F.similarity_pairwise,
+            self._arguments(image_tokens, word_tokens, word_lengths),
+            return_kept_fraction,
         )
         return result
 
     # ---- images and captions apart: what a gallery keeps
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments, beside the sizes, that would build this head again."""
-        return {
+        """The keyword arguments, beside the sizes, that would build this head again.
+
+        Those of :mod:`laps.ablations` are left out where they are the default: the Rust core, which reads
+        the configurations of models too, knows them not and refuses what it does not know.
+        """
+        options = {
             "selection_ratio": self.selection_ratio,
             "aggregation_ratio": self.aggregation_ratio,
             "variant": self.variant,
@@ -496,11 +558,16 @@ class LAPSHead(SimilarityHead):
             "direction_reduction": self.direction_reduction,
             "negative_slope": self.negative_slope,
             "selection": self.selection,
-            "fusion": self.aggregation.fusion,
+            "fusion": self.fusion,
             "attention_weight": self.attention_weight,
             "score": self.selection_score,
             "sampling": self.sampling,
             "temperature": self.temperature,
+        }
+        return options | {
+            name: getattr(self, name)
+            for name, usual in ABLATION_OPTIONS.items()
+            if getattr(self, name) != usual
         }
 
     def encode_image(self, image_tokens: Tensor) -> ImageFeatures:
@@ -544,12 +611,12 @@ class LAPSHead(SimilarityHead):
 
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B_v, B_t), float32 or float64, of what `encode_image` and `encode_text` gave."""
-        scores: Tensor = F.similarity(**self._feature_arguments(images, texts), **self._options())
+        scores: Tensor = self._score_pairs(F.similarity, self._feature_arguments(images, texts))
         return scores
 
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Scores (B,) of image i with caption i, the diagonal of `similarity`."""
-        scores: Tensor = F.similarity_pairwise(**self._feature_arguments(images, texts), **self._options())
+        scores: Tensor = self._score_pairs(F.similarity_pairwise, self._feature_arguments(images, texts))
         return scores
 
     def explain(
@@ -559,6 +626,7 @@ class LAPSHead(SimilarityHead):
 
         See :meth:`laps.heads.SimilarityHead.explain`.
         """
+        ablations.refuse("explain", self._switches, ", the method's own")
         options = self._options()
         for name in ("chunk", "backend", "seed"):
             del options[name]
@@ -566,16 +634,7 @@ class LAPSHead(SimilarityHead):
         length = int(given.pop("word_lengths")[0])
         one: dict[str, Any] = {name: None if x is None else x[0] for name, x in given.items()}
         if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != (self.num_patches,) or not bool(mask.any()):
-                raise LapsValueError(
-                    _check.message(
-                        "explain",
-                        "mask does not fit",
-                        f"bool ({self.num_patches},), of at least one patch",
-                        f"{mask.dtype} {tuple(mask.shape)}, {int(mask.sum())} kept",
-                    )
-                )
-            one["mask"] = mask.to(one["patches"].device)
+            one["mask"] = kept_patches(self.num_patches, mask).to(one["patches"].device)
         return attribute(**one | {"words": one["words"][:length]}, **options)
 
     def training_scores(
@@ -617,8 +676,9 @@ class LAPSHead(SimilarityHead):
         if self.score is not None:
             names += ["attention_weight", "sampling", "temperature"]
         options = [f"{name}={getattr(self, name)!r}" for name in names]
-        rare = [("score", self.selection_score, "cosine"), ("chunk", self.chunk, None)]
-        rare.append(("backend", self.backend, None))
+        rare: list[tuple[str, object, object]] = [("score", self.selection_score, "cosine")]
+        rare += [("chunk", self.chunk, None), ("backend", self.backend, None)]
+        rare += [(name, getattr(self, name), usual) for name, usual in ABLATION_OPTIONS.items()]
         return ", ".join(options + [f"{name}={value!r}" for name, value, usual in rare if value != usual])
 
     def _keep_prob(self, patches: Tensor) -> Tensor:
@@ -626,16 +686,44 @@ class LAPSHead(SimilarityHead):
         keep_prob: Tensor = self.score(patches)
         return keep_prob
 
-    def _arguments(
-        self, image_tokens: Tensor, words: Tensor, word_lengths: F.Lengths, return_kept_fraction: bool
-    ) -> dict[str, Any]:
+    def _arguments(self, image_tokens: Tensor, words: Tensor, word_lengths: F.Lengths) -> dict[str, Any]:
         """What `forward` and `pairwise` pass on alike."""
         images = self._image_arguments(image_tokens)
-        if images["prefix"] is not None:
+        if images["prefix"] is not None and not self._switches.any:
             # As they came: of two parts, the gradient would be put together in a copy.
             images |= {"patches": image_tokens, "prefix": self.num_prefix_tokens}
-        texts = {"words": words, "word_lengths": self._check_words(words, word_lengths)}
-        return images | texts | self._options() | {"return_kept_fraction": return_kept_fraction}
+        return images | {"words": words, "word_lengths": self._check_words(words, word_lengths)}
+
+    def _score_pairs(
+        self, function: Callable[..., Any], arguments: dict[str, Any], return_kept_fraction: bool = False
+    ) -> Any:
+        """What a function of :mod:`laps.functional` gives, or :mod:`laps.ablations` in its place."""
+        switches, arguments = self._switches, arguments | self._options()
+        if not switches.any:
+            return function(**arguments, return_kept_fraction=return_kept_fraction)
+        scores, kept_fraction = ablations.similarity(
+            arguments.pop("patches"),
+            **arguments,
+            switches=switches,
+            word_logits=self._word_logits(arguments["words"], arguments["word_lengths"]),
+            pairwise=function is F.similarity_pairwise,
+        )
+        return (scores, kept_fraction) if return_kept_fraction else scores
+
+    @property
+    def _switches(self) -> ablations.Switches:
+        return ablations.Switches(
+            self.calibration, self.alignment, self.words, self.word_ratio, self.num_tokens
+        )
+
+    def _word_logits(self, words: Tensor, lengths: Tensor) -> Tensor | None:
+        """Logits (B_t, L, slots) of the words, or None if they are not aggregated."""
+        if self.word_aggregation is None:
+            return None
+        # What stands at padding may be anything, and NaN times a gradient of zero is NaN.
+        real = torch.arange(words.shape[1], device=words.device) < lengths.to(words.device)[:, None]
+        words = words.masked_fill(~real[..., None], 0).to(self.word_aggregation.fc1.weight.dtype)
+        return self.word_aggregation.logits(words)
 
     def _check_words(self, words: Tensor, word_lengths: F.Lengths) -> Tensor:
         """The lengths as a tensor, after both were checked under the names that the caller knows."""
@@ -657,10 +745,15 @@ class LAPSHead(SimilarityHead):
         return {
             "patches": patches,
             "prefix": prefix,
-            # Of all tokens, prefix too: LayerNorm would copy the patches alone, forward and backward.
-            "logits": self.aggregation.logits(image_tokens)[:, self.num_prefix_tokens :],
+            "logits": self._logits(image_tokens),
             "keep_prob": None if self.score is None else self._keep_prob(patches),
         }
+
+    def _logits(self, image_tokens: Tensor) -> Tensor | None:
+        if self.calibration != "aggregation":
+            return None
+        # Of all tokens, prefix too: LayerNorm would copy the patches alone, forward and backward.
+        return self.aggregation.logits(image_tokens)[:, self.num_prefix_tokens :]
 
     def _feature_arguments(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Any]:
         return {
@@ -682,7 +775,7 @@ class LAPSHead(SimilarityHead):
             "directions": self.directions,
             "direction_reduction": self.direction_reduction,
             "negative_slope": self.negative_slope,
-            "fusion": self.aggregation.fusion,
+            "fusion": self.fusion,
             "language_context": self.selection == "text",
             "attention_weight": self.attention_weight,
             "score": self.selection_score,
@@ -704,8 +797,8 @@ class LAPSHead(SimilarityHead):
                     f"{p} prefix tokens + {n} patches = {p + n}",
                 )
             )
-        weight = self.aggregation.fc1.weight
-        if image_tokens.dtype != weight.dtype and not _autocast(image_tokens):
+        weight = self._weight
+        if weight is not None and image_tokens.dtype != weight.dtype and not _autocast(image_tokens):
             raise LapsTypeError(
                 _check.message(
                     operation,
@@ -720,9 +813,17 @@ class LAPSHead(SimilarityHead):
         prefix, patches = image_tokens.split([p, n], dim=1)  # type: ignore[no-untyped-call]
         return prefix, patches
 
+    @property
+    def _weight(self) -> Tensor | None:
+        """A parameter, for its dtype and device; None if this head has none."""
+        if self.calibration == "aggregation":
+            return self.aggregation.fc1.weight
+        network = self.score or self.word_aggregation
+        return None if network is None else network.fc1.weight
+
     def _check_tokens(self, name: str, tokens: Tensor, dims: str) -> None:
         """What both kinds of tokens must be beside this head, by the names that its caller knows."""
-        operation, weight = "LAPSHead", self.aggregation.fc1.weight
+        operation, weight = "LAPSHead", self._weight
         if not isinstance(tokens, Tensor):
             raise LapsTypeError(
                 _check.message(operation, f"{name} is no tensor", "torch.Tensor", _check.name_of(tokens))
@@ -733,7 +834,7 @@ class LAPSHead(SimilarityHead):
             raise LapsValueError(
                 _check.message(operation, f"{name} has C={tokens.shape[2]}", f"embed_dim={self.embed_dim}")
             )
-        if tokens.device != weight.device:
+        if weight is not None and tokens.device != weight.device:
             raise LapsValueError(
                 _check.message(
                     operation,

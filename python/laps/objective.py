@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _check, losses
-from .errors import LapsValueError
+from .errors import LapsTypeError, LapsValueError
+
+if TYPE_CHECKING:
+    from .heads import SimilarityHead
 
 __all__ = ["Objective"]
 
@@ -75,6 +78,26 @@ class Objective(nn.Module):
         self.ratio_weight = _check.number("Objective", "ratio_weight", ratio_weight, 0.0)
         self.max_score = _check.number("Objective", "max_score", max_score, 0.0, open_low=True)
         self.info_nce = losses.InfoNCELoss(self.initial_temperature) if contrastive else None
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Objective:
+        """The objective of these keyword arguments. Raises LapsTypeError: an unknown one."""
+        try:
+            return cls(**options)
+        except TypeError as error:
+            if isinstance(error, LapsTypeError):
+                raise
+            raise LapsTypeError(
+                _check.message("Objective", "the loss has an unknown option", "those of Objective", error)
+            ) from None
+
+    @classmethod
+    def for_head(cls, head: SimilarityHead, options: Mapping[str, Any] | None = None) -> Objective:
+        """The head's own loss where the options name no other, and its own settings unless they are given."""
+        given, own = dict(options or {}), dict(head.default_loss)
+        if given.get("name", own.get("name", NAMES[0])) != own.get("name", NAMES[0]):
+            own = {}
+        return cls.from_options({"max_score": head.max_score, **own, **given})
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that would build this objective again."""

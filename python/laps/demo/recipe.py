@@ -117,7 +117,7 @@ def settings() -> dict[str, Any]:
 def build_model(
     head: str, tokenizer: CaptionTokenizer, seed: int, options: Mapping[str, Any] | None = None
 ) -> LAPS:
-    """An untrained model of half a million weights; the encoders of both heads start equal.
+    """An untrained model of half a million weights; the encoders of all heads start equal.
 
     `options` of the head go before the demo's own.
     """
@@ -150,9 +150,9 @@ def build_model(
         embed_dim=EMBED_DIM,
         num_patches=images.num_patches,
         num_prefix_tokens=images.num_prefix_tokens,
-        **HEAD_OPTIONS[head] | dict(options or {}),
+        **HEAD_OPTIONS.get(head, {}) | dict(options or {}),
     )
-    if isinstance(built, LAPSHead):
+    if isinstance(built, LAPSHead) and built.calibration == "aggregation":
         torch.nn.init.constant_(built.aggregation.scale, AGGREGATION_SCALE)
     return LAPS(
         images,

@@ -10,7 +10,8 @@ from torch import Tensor
 from .. import _check
 from .._precision import wide
 from ..features import ImageFeatures, Span, TextFeatures
-from .base import SimilarityHead, mean_of_words, register_head
+from .base import mean_of_words, register_head
+from .embedding import EmbeddingHead
 
 __all__ = ["GlobalHead"]
 
@@ -18,7 +19,7 @@ POOLINGS = ("mean", "first")
 
 
 @register_head("vse")
-class GlobalHead(SimilarityHead):
+class GlobalHead(EmbeddingHead):
     """Cosine of two vectors, S = l2(pool(tokens)) . l2(pool(words)): VSE++ on transformer tokens.
 
     The linear maps of VSE++ are the projections of the encoders.
@@ -46,10 +47,7 @@ class GlobalHead(SimilarityHead):
     def __init__(
         self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1, pooling: str = "mean"
     ) -> None:
-        super().__init__()
-        self.embed_dim = _check.count("GlobalHead", "embed_dim", embed_dim)
-        self.num_patches = _check.count("GlobalHead", "num_patches", num_patches)
-        self.num_prefix_tokens = _check.count("GlobalHead", "num_prefix_tokens", num_prefix_tokens, 0)
+        super().__init__(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens)
         self.pooling = _check.choice("GlobalHead", "pooling", pooling, POOLINGS)
 
     def options(self) -> dict[str, Any]:
@@ -68,10 +66,3 @@ class GlobalHead(SimilarityHead):
         pooled = word_tokens[:, 0] if self.pooling == "first" else mean_of_words(word_tokens, word_lengths)
         embedding = torch.nn.functional.normalize(wide(pooled), dim=-1)
         return TextFeatures(embedding=embedding, lengths=word_lengths, spans=spans)
-
-    def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        with torch.autocast(images.embedding.device.type, enabled=False):
-            return wide(images.embedding) @ wide(texts.embedding).T
-
-    def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        return (wide(images.embedding) * wide(texts.embedding)).sum(-1)

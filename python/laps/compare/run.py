@@ -1,0 +1,275 @@
+"""Trains and evaluates every row with every seed, and goes on where an earlier call stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _check
+from .._files import write_atomically
+from .._json_files import read_object
+from .._laps import __version__
+from ..data import CaptionTokenizer, RetrievalData, load, make_scenes
+from ..demo import recipe
+from ..errors import LapsValueError
+from ..evaluation import evaluate
+from ..model import LAPS
+from ..objective import Objective
+from ..train import Trainer
+from ..train_config import TrainConfig
+from .settings import OPERATION, SMALL, START, Comparison, Row, Start
+from .table import Table
+
+__all__ = ["Result", "run"]
+
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one row reached with one seed.
+
+    Attributes:
+        row: its name.
+        seed: of the weights and the order.
+        metrics: of :func:`laps.metrics.retrieval_metrics` on the test split.
+        folds: the mean over folds, or None.
+        steps: of the optimizer.
+        seconds: of the training.
+        parameters: of the head.
+    """
+
+    row: str
+    seed: int
+    metrics: dict[str, float]
+    folds: dict[str, float] | None
+    steps: int
+    seconds: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The options of the command that change no result."""
+
+    out: Path
+    device: str | None
+    num_workers: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: RetrievalData
+    dev: RetrievalData
+    test: RetrievalData
+
+
+def run(
+    comparison: Comparison,
+    out: str | Path,
+    *,
+    device: str | None = None,
+    num_workers: int = 4,
+    progress: bool = True,
+) -> Table:
+    """Train and evaluate what is not there yet; ``out/table.{md,tex,csv,json}`` are written after every row.
+
+    The rows of a seed see the same data in the same order for the same number of steps, from the same
+    encoders; of the epochs each row's best by the dev split counts. Seed by seed, so that the first table is
+    whole early.
+
+    Args:
+        comparison: of :func:`laps.compare.read`.
+        out: folder; ``out/ROW/seed-N`` keeps each row's model and result.
+        device: cpu, cuda, ..; None for a GPU if there is one.
+        num_workers: processes that load images.
+        progress: whether bars are shown.
+
+    Raises:
+        LapsValueError: data that cannot be read, or a folder that holds a run with other settings.
+        laps.train.TrainingStoppedError: a signal; the same call goes on from there.
+    """
+    options = _Run(Path(out), device, num_workers, progress)
+    results: list[Result] = []
+    for seed in comparison.seeds:
+        # Nothing is drawn or read for a seed that is done.
+        pending = [row for row in comparison.rows if _finished(comparison, row, seed, options) is None]
+        data = _data(comparison, seed, options) if pending else None
+        for row in comparison.rows:
+            result = _finished(comparison, row, seed, options)
+            if result is None:
+                assert data is not None
+                print(f"seed {seed}: {row.name}", file=sys.stderr, flush=True)
+                result = _train(comparison, row, seed, data, options)
+            results.append(result)
+            table = Table(comparison, results)
+            table.save(options.out)
+    return table
+
+
+# ---- one row
+
+
+def _train(comparison: Comparison, row: Row, seed: int, data: _Data, options: _Run) -> Result:
+    folder = _folder(row.slug, seed, options)
+    model = _model(comparison, row, seed, data, options)
+    parameters = sum(p.numel() for p in model.head.parameters())
+    # Not the order in which the encoders met the data already.
+    config = comparison.train_config(
+        seed + (comparison.start is not None),
+        device=options.device,
+        num_workers=options.num_workers,
+        progress=options.progress,
+    )
+    history = _fit(model, data, folder, config)
+    best = LAPS.from_pretrained(folder / "best")
+    result = evaluate(
+        best.to(model.device),
+        data.test,
+        num_workers=options.num_workers,
+        folds=comparison.folds,
+        progress=options.progress,
+    )
+    done = Result(
+        row.name,
+        seed,
+        result.metrics,
+        result.folds,
+        history[-1]["step"],
+        history[-1]["seconds"],
+        parameters,
+    )
+    write_atomically(
+        folder / RESULT,
+        json.dumps({"key": _key(comparison, row), "laps": __version__, **asdict(done)}, indent=2) + "\n",
+    )
+    # With the optimizer's moments, three times the size of the model that is kept.
+    shutil.rmtree(folder / "last", ignore_errors=True)
+    return done
+
+
+def _fit(model: LAPS, data: _Data, folder: Path, config: TrainConfig) -> list[dict[str, Any]]:
+    return Trainer(model, data.train, data.dev, folder, config).fit(resume=(folder / "last").exists())
+
+
+def _model(comparison: Comparison, row: Row, seed: int, data: _Data, options: _Run) -> LAPS:
+    """The row's model before its training; its head and loss are its own."""
+    if comparison.start is None:
+        return _new(comparison, row.head, row.options, comparison.loss_of(row), seed, data)
+    start = _start(comparison, comparison.start, seed, data, options)
+    model = _new(comparison, row.head, row.options, comparison.loss_of(row), seed, data, start.tokenizer)
+    model.image_encoder.load_state_dict(start.image_encoder.state_dict())
+    model.text_encoder.load_state_dict(start.text_encoder.state_dict())
+    return model
+
+
+def _start(comparison: Comparison, start: Start, seed: int, data: _Data, options: _Run) -> LAPS:
+    """The model whose encoders all rows of the seed go on from; trained once."""
+    folder = _folder(START, seed, options)
+    done = folder / "done.json"
+    key = _digest({"model": comparison.model, "train": dict(comparison.train), "start": asdict(start)})
+    if not done.exists():
+        print(f"seed {seed}: the encoders of all rows", file=sys.stderr, flush=True)
+        config = comparison.train_config(
+            seed,
+            epochs=start.epochs,
+            learning_rate=start.learning_rate,
+            device=options.device,
+            num_workers=options.num_workers,
+            progress=options.progress,
+        )
+        model = _new(comparison, start.head, {}, comparison.loss, seed, data)
+        _fit(model, data, folder, config)
+        write_atomically(done, json.dumps({"key": key}) + "\n")
+        shutil.rmtree(folder / "last", ignore_errors=True)
+    _require_same(done, key)
+    return LAPS.from_pretrained(folder / "best")
+
+
+def _new(
+    comparison: Comparison,
+    head: str,
+    head_options: Mapping[str, Any],
+    loss: Mapping[str, Any],
+    seed: int,
+    data: _Data,
+    tokenizer: CaptionTokenizer | None = None,
+) -> LAPS:
+    """A model with this head; its other weights depend on the seed alone."""
+    if comparison.model == SMALL:
+        tokenizer = tokenizer or CaptionTokenizer.train(data.train.captions, vocab_size=recipe.VOCABULARY)
+        model = recipe.build_model(head, tokenizer, seed, head_options)
+        model.objective = Objective.for_head(model.head, loss)
+        return model
+    torch.manual_seed(seed)
+    return LAPS.from_preset(comparison.model, head=head, head_options=head_options, loss=loss)
+
+
+# ---- data and folders
+
+
+def _data(comparison: Comparison, seed: int, options: _Run) -> _Data:
+    """The splits; scenes are drawn into the folder of their seed."""
+    source, images = comparison.data, comparison.images
+    if comparison.scenes is not None:
+        sizes = comparison.scenes
+        source = make_scenes(
+            options.out / "scenes" / f"seed-{seed}",
+            num_train=sizes.train,
+            num_dev=sizes.dev,
+            num_test=sizes.test,
+            seed=seed,
+            progress=options.progress,
+        )
+    assert source is not None
+    read = partial(load, source, images=images)
+    return _Data(read("train"), read("dev"), read("test"))
+
+
+def _finished(comparison: Comparison, row: Row, seed: int, options: _Run) -> Result | None:
+    """The result that is there already, or None."""
+    path = _folder(row.slug, seed, options) / RESULT
+    if not path.exists():
+        return None
+    values = _require_same(path, _key(comparison, row))
+    values = {name: value for name, value in values.items() if name not in ("key", "laps")}
+    return Result(**values)
+
+
+def _require_same(path: Path, key: str) -> dict[str, Any]:
+    values = read_object(OPERATION, path, "a result of laps compare")
+    if values.pop("key", None) != key:
+        raise LapsValueError(
+            _check.message(
+                OPERATION, f"{path.parent} holds a run with other settings", "another --out, or remove it"
+            )
+        )
+    return values
+
+
+def _key(comparison: Comparison, row: Row) -> str:
+    """Of all that the row's result depends on but the seed."""
+    given = asdict(comparison)
+    shared = ("model", "data", "images", "scenes", "train", "start", "folds")
+    return _digest(
+        {name: given[name] for name in shared}
+        | {"head": row.head, "options": dict(row.options), "loss": comparison.loss_of(row)}
+    )
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _folder(name: str, seed: int, options: _Run) -> Path:
+    return options.out / name / f"seed-{seed}"

@@ -1,0 +1,244 @@
+"""What `laps compare` is asked for: a YAML file, checked before anything is trained."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .. import _check
+from ..config import PRESETS
+from ..errors import LapsError, LapsTypeError, LapsValueError
+from ..heads import head_names
+from ..objective import Objective
+from ..train_config import TrainConfig
+
+__all__ = ["LAYOUTS", "SMALL", "START", "Comparison", "Row", "Scenes", "Start", "configs", "read"]
+
+OPERATION = "laps compare"
+# The model of `laps demo`.
+SMALL = "small"
+# "retrieval" has the columns of the paper's Table 1, "ablation" those of Table 4.
+LAYOUTS = ("retrieval", "ablation")
+# The folder of what all rows start from.
+START = "start"
+# Theirs to set, not the file's.
+OURS = ("seed", "progress", "device", "num_workers")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: as the table prints it.
+        head: name of the similarity head.
+        options: of the head.
+        loss: of :class:`laps.objective.Objective`, over the comparison's.
+        published: the method's name in ``published.csv``, or None.
+    """
+
+    name: str
+    head: str = "laps"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    published: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("name", "head"):
+            if not isinstance(getattr(self, name), str):
+                raise _wrong(f"{name} of a row is no string", "a string", getattr(self, name))
+        for name in ("options", "loss"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise _wrong(f"{name} of row {self.name!r} is no mapping", "name: value", getattr(self, name))
+
+    @property
+    def slug(self) -> str:
+        """The name of the row's folder."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Drawn scenes as data, other ones for each seed: numbers of images."""
+
+    train: int = 2000
+    dev: int = 200
+    test: int = 500
+
+
+@dataclass(frozen=True)
+class Start:
+    """A training whose encoders all rows start from: the head, and what differs from `train`."""
+
+    head: str = "vse"
+    epochs: int = 2
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Heads that are trained and evaluated alike.
+
+    Attributes:
+        title: of the table.
+        rows: what is compared.
+        model: a preset's name, or ``"small"``, the model of `laps demo`.
+        data: a data set as :func:`laps.data.load` reads it, with the splits train, dev and test; or None.
+        images: folder of its images, or None.
+        scenes: drawn ones instead of `data`, or None.
+        seeds: each is a training of every row.
+        train: of :class:`laps.train_config.TrainConfig`, the same for all rows: the budget.
+        loss: of all rows; empty for each head's own.
+        start: where the encoders come from, or None for the preset's.
+        folds: also the mean over so many folds of the test images (COCO 1K: 5), or None.
+        layout: ``"retrieval"`` or ``"ablation"``.
+        published: the data set (or data sets, ``{"all": .., "folds": ..}``) and backbone in
+            ``published.csv`` that published figures are of.
+    """
+
+    title: str
+    rows: tuple[Row, ...]
+    model: str = "vit-base-224"
+    data: Path | None = None
+    images: Path | None = None
+    scenes: Scenes | None = None
+    seeds: tuple[int, ...] = (0, 1, 2)
+    train: Mapping[str, Any] = field(default_factory=dict)
+    loss: Mapping[str, Any] = field(default_factory=dict)
+    start: Start | None = None
+    folds: int | None = None
+    layout: str = "retrieval"
+    published: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise _wrong("rows is empty", "at least one", 0)
+        names = [row.slug for row in self.rows] + [START, "scenes"]
+        twice = sorted({name for name in names if not name or names.count(name) > 1})
+        if twice:
+            raise _wrong("names of rows", "letters or digits, different and not start or scenes", twice)
+        for row in self.rows:
+            _check.choice(OPERATION, f"head of row {row.name!r}", row.head, head_names())
+            Objective.from_options(self.loss_of(row))
+        _check.choice(OPERATION, "model", self.model, [SMALL, *sorted(PRESETS)])
+        _check.choice(OPERATION, "layout", self.layout, LAYOUTS)
+        if (self.data is None) == (self.scenes is None):
+            expected = "one of them (on the command line: --data)"
+            raise _wrong("data and scenes", expected, "both" if self.data else "none")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise _wrong("seeds", "different integers, at least one", list(self.seeds))
+        for seed in self.seeds:
+            _check.count(OPERATION, "seeds", seed, 0)
+        for name in OURS:
+            if name in self.train:
+                raise _wrong(f"train has {name}", "an option of the command", self.train[name])
+        self.train_config(0)
+
+    def loss_of(self, row: Row) -> dict[str, Any]:
+        """Keyword arguments of the row's objective; empty where the head's own is meant."""
+        return {**self.loss, **row.loss}
+
+    def train_config(self, seed: int, **changes: Any) -> TrainConfig:
+        """The options of a training."""
+        try:
+            return TrainConfig(**{**self.train, **changes}, seed=seed)
+        except TypeError as error:
+            if isinstance(error, LapsError):
+                raise
+            raise LapsTypeError(
+                _check.message(OPERATION, "train has an unknown option", _names(TrainConfig), error)
+            ) from None
+
+
+def configs() -> dict[str, Path]:
+    """The comparisons that come with laps, by name."""
+    folder = Path(str(resources.files(__package__) / "configs"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def read(
+    source: str | Path, *, data: str | Path | None = None, images: str | Path | None = None
+) -> Comparison:
+    """A comparison from a YAML file, or from the name of one that comes with laps.
+
+    Args:
+        source: the file or the name. Paths in a file are relative to its folder.
+        data: in place of the file's.
+        images: in place of the file's.
+
+    Raises:
+        LapsValueError, LapsTypeError: no such file, no YAML, an unknown name, or a value out of its range.
+    """
+    known = configs()
+    path = known.get(str(source), Path(source))
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        expected = f"a YAML file, or one of {', '.join(known)}"
+        reason = " ".join(str(error).split())
+        raise LapsValueError(
+            _check.message(OPERATION, f"{source} cannot be read", expected, reason)
+        ) from None
+    try:
+        return _comparison(values, path.parent, {"data": data, "images": images})
+    except LapsError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def _comparison(values: object, folder: Path, paths: Mapping[str, str | Path | None]) -> Comparison:
+    given = _mapping("the file", values, Comparison)
+    rows = given.get("rows", [])
+    if not isinstance(rows, list):
+        raise _wrong("rows is no list", "a list", _check.name_of(rows))
+    given["rows"] = tuple(_built(f"rows[{i}]", row, Row) for i, row in enumerate(rows))
+    for name, kind in (("scenes", Scenes), ("start", Start)):
+        if given.get(name) is not None:
+            given[name] = _built(name, given[name], kind)
+    for name, path in paths.items():
+        if path is not None:
+            given[name] = Path(path)
+        elif given.get(name) is not None:
+            given[name] = folder / str(given[name])
+    for name in ("train", "loss", "published"):
+        if not isinstance(given.get(name, {}), Mapping):
+            raise _wrong(f"{name} is no mapping", "name: value", _check.name_of(given[name]))
+    seeds = given.get("seeds", (0, 1, 2))
+    if not isinstance(seeds, Sequence) or isinstance(seeds, str):
+        raise _wrong("seeds is no list", "integers", seeds)
+    given["seeds"] = tuple(seeds)
+    if "title" not in given:
+        raise _wrong("title is missing", "the table's", "none")
+    return Comparison(**given)
+
+
+def _mapping(place: str, values: object, kind: type) -> dict[str, Any]:
+    """The values, if all their names are fields of `kind`."""
+    known = [each.name for each in fields(kind)]
+    if not isinstance(values, dict):
+        raise _wrong(f"{place} is no mapping", ", ".join(known), _check.name_of(values))
+    unknown = sorted(str(name) for name in values if name not in known)
+    if unknown:
+        raise _wrong(f"{place} has unknown names", ", ".join(known), ", ".join(unknown))
+    return dict(values)
+
+
+def _built(place: str, values: object, kind: type) -> Any:
+    given = _mapping(place, values, kind)
+    try:
+        return kind(**given)
+    except TypeError:
+        raise _wrong(f"{place} lacks a name", _names(kind), ", ".join(given)) from None
+
+
+def _names(kind: type) -> str:
+    return ", ".join(each.name for each in fields(kind))
+
+
+def _wrong(what: str, expected: str, got: object) -> LapsValueError:
+    return LapsValueError(_check.message(OPERATION, what, expected, got))

@@ -1,0 +1,199 @@
+"""Comparisons: what a file may say, runs that go on where they stopped, and the tables."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import laps
+import pytest
+import yaml
+from laps import compare
+from laps.cli import main
+from laps.compare.settings import Scenes
+from laps.compare.table import Cell, Table
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY: dict[str, Any] = {
+    "title": "Tiny",
+    "scenes": {"train": 16, "dev": 4, "test": 4},
+    "model": "small",
+    "seeds": [0, 1],
+    "start": {"head": "vse", "epochs": 1},
+    "train": {"epochs": 1, "batch_size": 16, "warmup_epochs": 0, "augment": 0.0},
+    "rows": [
+        {"name": "VSE++", "head": "vse"},
+        {"name": "CHAN", "head": "chan", "loss": {"margin": 0.1}, "published": "CHAN"},
+    ],
+    "published": {"all": "Flickr30K 1K", "backbone": "ViT-Base-224"},
+}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump({**TINY, **changes}))
+    return file
+
+
+def run(comparison: compare.Comparison, out: Path) -> Table:
+    return compare.run(comparison, out, num_workers=0, progress=False)
+
+
+def test_it_trains_what_is_missing_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparison = compare.read(written(tmp_path))
+    out = tmp_path / "runs"
+    # Seed 0 alone, as if the rest had been interrupted.
+    run(replace(comparison, seeds=(0,)), out)
+    assert capsys.readouterr().err.count("seed 0") == 3
+    table = run(comparison, out)
+    told = capsys.readouterr().err
+    assert "seed 0" not in told
+    assert told.count("seed 1") == 3
+    assert [(r.row, r.seed) for r in table.results] == [
+        ("VSE++", 0), ("CHAN", 0), ("VSE++", 1), ("CHAN", 1),
+    ]  # fmt: skip
+    assert str(run(comparison, out)) == str(table)
+    assert capsys.readouterr().err == ""
+    for name, seed in (("vse", 0), ("chan", 1)):
+        folder = out / name / f"seed-{seed}"
+        assert laps.LAPS.from_pretrained(folder / "best").head.name == name
+        assert not (folder / "last").exists()
+    assert laps.LAPS.from_pretrained(out / "chan" / "seed-0" / "best").objective.margin == 0.1
+    assert all(r.steps == 5 and r.seconds > 0 for r in table.results)
+    assert [r.parameters for r in table.results] == [0, 0, 0, 0]
+
+    other = replace(comparison, train={**comparison.train, "learning_rate": 0.01})
+    with pytest.raises(laps.LapsValueError, match="holds a run with other settings"):
+        run(other, out)
+
+
+def test_the_tables_say_what_was_found(tmp_path: Path) -> None:
+    comparison = compare.read(written(tmp_path))
+    base = dict.fromkeys(["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"], 10.0)
+    results = [
+        compare.Result(row, seed, {**base, "rsum": rsum}, None, 5, 60.0, 0)
+        for row, seed, rsum in (
+            ("VSE++", 0, 100.0),
+            ("VSE++", 1, 110.0),
+            ("CHAN", 0, 120.0),
+            ("CHAN", 1, 130.0),
+        )
+    ]
+    table = Table(comparison, results)
+    lines = table.parts()["all"]
+    assert [line.name for line in lines] == ["VSE++", "CHAN", "CHAN, published"]
+    assert lines[0].cells["rsum"].mean == 105
+    assert lines[0].cells["rsum"].spread == pytest.approx(50**0.5)
+    assert lines[2].cells["rsum"] == Cell(489.9)
+    markdown = table.markdown()
+    assert "| VSE++ | **10.0 ± 0.0** |" in markdown
+    assert "**125.0 ± 7.1** | 2 | 5 | 1.0 |" in markdown
+    assert "| CHAN, published | 69.2 | 91.8 |" in markdown
+    assert "105.0 ± 7.1 | 2 |" in markdown
+    latex = table.latex()
+    assert r"\multicolumn{3}{c}{Image-to-Text} & \multicolumn{3}{c}{Text-to-Image}" in latex
+    assert r"\textbf{125.0 $\pm$ 7.1} \\" in latex
+    rows = list(csv.DictReader(io.StringIO(table.csv())))
+    assert [row["row"] for row in rows] == [line.name for line in lines]
+    assert float(rows[1]["rsum"]) == 125
+    table.save(tmp_path / "t")
+    assert json.loads((tmp_path / "t" / "table.json").read_text())["lines"]["all"][0]["name"] == "VSE++"
+    assert (tmp_path / "t" / "table.md").read_text() == markdown
+
+
+def test_latex_survives_the_names_of_rows() -> None:
+    rows = (compare.Row("a & b_c 100%"),)
+    comparison = compare.Comparison("t", rows, scenes=Scenes(), layout="ablation")
+    metrics = dict.fromkeys(["i2t_r1", "i2t_r5", "t2i_r1", "t2i_r5", "rsum"], 1.0)
+    result = compare.Result("a & b_c 100%", 0, metrics, None, 1, 1.0, 0)
+    assert r"a \& b\_c 100\% &" in Table(comparison, [result]).latex()
+
+
+def test_published_figures_are_those_of_the_paper() -> None:
+    found = compare.published()
+    assert found["Flickr30K 1K", "ViT-Base-224", "LAPS"]["rsum"] == 507.3
+    assert found["MS-COCO 5K", "Swin-Base-384", "LAPS"]["t2i_r1"] == 53.0
+    assert found["MS-COCO 5K", "CLIP-ViT-Large-224", "LAPS"]["i2t_r1"] == 72.9
+    assert found["Flickr30K 1K", "ViT-Base-224", "use the clustering algorithm"]["i2t_r1"] == 68.4
+    for figures in found.values():
+        if "rsum" in figures:
+            recalls = [value for name, value in figures.items() if name != "rsum"]
+            assert sum(recalls) == pytest.approx(figures["rsum"], abs=0.25)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": []}, "rows is empty"),
+        ({"rows": [{"name": "a", "head": "scam"}]}, "head of row 'a'"),
+        ({"rows": [{"name": "a"}, {"name": "A!"}]}, "names of rows"),
+        ({"rows": [{"name": "start"}]}, "names of rows"),
+        ({"rows": [{"head": "vse"}]}, "lacks a name"),
+        ({"rows": [{"name": "a", "colour": 1}]}, "unknown names.*colour"),
+        ({"rows": [{"name": "a", "loss": {"name": "x"}}]}, "name"),
+        ({"rows": [{"name": "a", "options": 3}]}, "options of row 'a' is no mapping"),
+        ({"model": "huge"}, "model"),
+        ({"layout": "wide"}, "layout"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"seeds": "012"}, "seeds is no list"),
+        ({"data": "a.json"}, "data and scenes.*both"),
+        ({"scenes": None}, "data and scenes.*none"),
+        ({"train": {"seed": 3}}, "train has seed"),
+        ({"train": {"epoch": 3}}, "train has an unknown option"),
+        ({"train": {"epochs": 0}}, "epochs"),
+        ({"loss": {"colour": 1}}, "unknown option"),
+        ({"loss": 3}, "loss is no mapping"),
+        ({"scenes": {"trains": 3}}, "unknown names.*trains"),
+        ({"nonsense": 1}, "unknown names.*nonsense"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(laps.LapsError, match=rf"tiny\.yaml: .*{message}"):
+        compare.read(written(tmp_path, **changes))
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    for text in ("[1, 2]", "title: [", "!!python/object/apply:os.system ['touch hostile']"):
+        file.write_text(text)
+        with pytest.raises(laps.LapsValueError, match=r"a\.yaml"):
+            compare.read(file)
+    with pytest.raises(laps.LapsValueError, match=r"a YAML file, or one of .*scenes"):
+        compare.read(tmp_path / "missing.yaml")
+
+
+def test_every_config_of_ours_can_be_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["compare"]) == 0
+    listed = capsys.readouterr().out
+    for name in compare.configs():
+        assert name in listed
+        drawn = "scenes:" in compare.configs()[name].read_text()
+        comparison = compare.read(name, data=None if drawn else tmp_path)
+        figures = compare.published()
+        backbone = comparison.published.get("backbone")
+        for protocol in set(comparison.published) - {"backbone"}:
+            for row in comparison.rows:
+                if row.published is not None:
+                    assert (comparison.published[protocol], backbone, row.published) in figures
+
+
+def test_the_command_writes_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "runs"
+    arguments = ["compare", str(written(tmp_path)), "--out", str(out), "--quiet", "--num-workers", "0"]
+    assert main([*arguments, "--rows", "VSE++", "--seeds", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "| VSE++ |" in shown
+    assert (out / "vse" / "seed-3" / "result.json").exists()
+    assert not (out / "chan").exists()
+    for suffix in ("md", "tex", "csv", "json"):
+        assert (out / f"table.{suffix}").read_text()
+    assert main([*arguments, "--rows", "nothing"]) == 2
+    assert "--rows" in capsys.readouterr().err
