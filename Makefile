@@ -109,6 +109,7 @@ format: venv
 # About seventy minutes on two cores, half of them for the three seeds of benchmarks.demo and benchmarks.grounding.
 bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.head
+	@$(BIN)/python -m benchmarks.heads
 	@$(BIN)/python -m benchmarks.max_sim
 	@$(BIN)/python -m benchmarks.evaluation
 	@$(BIN)/python -m benchmarks.training

@@ -1,10 +1,9 @@
-"""The README's benchmark tables, generated from benchmarks/results/*.json.
+"""The benchmark tables of README.md and docs/heads.md, generated from benchmarks/results/*.json.
 
     python -m benchmarks.tables            # rewrite them
-    python -m benchmarks.tables --check    # fail where README and results differ (CI)
+    python -m benchmarks.tables --check    # fail where the documents and the results differ (CI)
 
-A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; no figure in the README is typed by
-hand.
+A table stands between `<!-- bench:NAME -->` and `<!-- /bench:NAME -->`; no figure in them is typed by hand.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 MISSING = "*Not measured yet: `make bench` writes the result that this table is made from.*"
 FORM_TITLES = {
@@ -407,51 +405,125 @@ def encoders_table(result: Result) -> str:
     )
 
 
-# Marker in the README: the result it comes from, and what makes it.
-TABLES: dict[str, tuple[str, Callable[[Result], str]]] = {
-    "head": ("head.json", head_table),
-    "rate": ("head.json", rate_table),
-    "max_sim": ("max_sim.json", max_sim_table),
-    "evaluation": ("evaluation.json", evaluation_table),
-    "training": ("training.json", training_table),
-    "scenes": ("scenes.json", scenes_table),
-    "grounding": ("grounding.json", grounding_table),
-    "misses": ("grounding.json", misses_table),
-    "encoders": ("encoders.json", encoders_table),
+def microseconds(seconds: float) -> str:
+    """Three significant digits, or whole microseconds."""
+    value = 1e6 * seconds
+    return f"{value:,.0f} µs" if value >= 100 else f"{value:.3g} µs"
+
+
+def heads_table(result: Result) -> str:
+    """Every head, ours and its published form: time per pair, and memory."""
+    settings = result["settings"]
+    pairs = settings["images"] * settings["captions"]
+    rows = []
+    for name, entry in result["heads"].items():
+        forms = entry["forms"]
+        options = "".join(f", `{key}={value}`" for key, value in entry["options"].items())
+        # The clock of this one starts at the tokens.
+        sides = [milliseconds(part["median_s"]) for part in entry["sides"].values()]
+        first = [f"`{entry['head']}`{options}", "in the pairs" if name == "laps" else " / ".join(sides)]
+        for form in forms:
+            title = {"ours": "**ours**", "published": "plain" if name == "cpfean" else "published"}[form]
+            cells = [first[0], title, first[1]]
+            for part in ("forward", "step"):
+                if part not in forms[form]:
+                    gigabytes = entry["published_step_needs_bytes"] / 1e9
+                    cells += [f"n/a (about {gigabytes:.0f} GB)", "n/a"]
+                    continue
+                seconds = forms[form][part]["median_s"]
+                other = forms.get("published", {}).get(part)
+                cells += [
+                    microseconds(seconds / pairs),
+                    times(other["median_s"] / seconds) if other else "n/a" if len(forms) > 1 else "",
+                ]
+            rows.append([*cells, megabytes(forms[form].get("step_bytes"))])
+            first = ["", ""]
+    low, high = settings["words"]
+    header = (
+        "head",
+        "form",
+        "sides, forward / with backward",
+        "forward, a pair",
+        "ratio",
+        "forward + backward, a pair",
+        "ratio",
+        "extra memory",
+    )
+    return (
+        f"{settings['images']} images x {settings['captions']} captions of {low} to {high} words, "
+        f"{settings['shape']} (N={settings['num_patches']}, C={settings['channels']}), float32, eval mode, "
+        'random weights. Medians; "ratio" is the time of the published form over the row\'s, "extra memory" '
+        'the peak of forward + backward above what was there before. "Sides" is what a head makes of all '
+        "images alone and of all captions alone: it is the same in both forms, and in none of the other "
+        "figures; but the published LAPS computes its aggregation network anew for each caption, so the "
+        "times of LAPS start at the tokens. Published: a loop over the captions, each beside all images, "
+        "written from the equations; of `cpfean`, of which nothing is published, the plain form of our "
+        "reading. `vse`, `clip`, `gpo` and `hrem` are one matrix product (`hrem` without its interaction in "
+        "training): their published form is ours.\n\n"
+        f"{markdown(header, rows)}\n\n{machine_line(result)}"
+    )
+
+
+class Table(NamedTuple):
+    """The result that a table comes from, what makes it, and where it stands."""
+
+    result: str
+    make: Callable[[Result], str]
+    document: str = "README.md"
+
+
+# By marker.
+TABLES = {
+    "head": Table("head.json", head_table),
+    "rate": Table("head.json", rate_table),
+    "max_sim": Table("max_sim.json", max_sim_table),
+    "evaluation": Table("evaluation.json", evaluation_table),
+    "training": Table("training.json", training_table),
+    "scenes": Table("scenes.json", scenes_table),
+    "grounding": Table("grounding.json", grounding_table),
+    "misses": Table("grounding.json", misses_table),
+    "encoders": Table("encoders.json", encoders_table),
+    "heads": Table("heads.json", heads_table, "docs/heads.md"),
 }
 
 
-def render(readme: str, results: Path = RESULTS) -> str:
-    """The README with every table made anew; raises where a marker is missing."""
-    for name, (file, make) in TABLES.items():
-        path = results / file
-        table = make(json.loads(path.read_text())) if path.exists() else MISSING
+def render(text: str, results: Path = RESULTS, document: str = "README.md") -> str:
+    """A document's text with every table made anew; raises where a marker is missing."""
+    for name, table in TABLES.items():
+        if table.document != document:
+            continue
+        path = results / table.result
+        made = table.make(json.loads(path.read_text())) if path.exists() else MISSING
         opening, closing = f"<!-- bench:{name} -->\n", f"<!-- /bench:{name} -->"
-        before, opened, rest = readme.partition(opening)
+        before, opened, rest = text.partition(opening)
         _, closed, after = rest.partition(closing)
         if not (opened and closed):
-            raise SystemExit(f"tables: README.md has no place marked {opening.strip()} ... {closing}")
-        readme = f"{before}{opening}\n{table}\n\n{closing}{after}"
-    return readme
+            raise SystemExit(f"tables: {document} has no place marked {opening.strip()} ... {closing}")
+        text = f"{before}{opening}\n{made}\n\n{closing}{after}"
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Rewrite or check the README; returns the exit status."""
+    """Rewrite or check the documents; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.split("\n\n")[0])
     parser.add_argument(
-        "--check", action="store_true", help="change nothing, exit 1 where the README is out of date"
+        "--check", action="store_true", help="change nothing, exit 1 where a document is out of date"
     )
     options = parser.parse_args(argv)
-    current = README.read_text(encoding="utf-8")
-    wanted = render(current)
-    if options.check:
-        if wanted != current:
-            print("tables: README.md differs from benchmarks/results (run: make tables)", file=sys.stderr)
-        return int(wanted != current)
-    if wanted != current:
-        README.write_text(wanted, encoding="utf-8")
-        print("Wrote README.md")
-    return 0
+    status = 0
+    for document in dict.fromkeys(table.document for table in TABLES.values()):
+        path = ROOT / document
+        current = path.read_text(encoding="utf-8")
+        wanted = render(current, document=document)
+        if wanted == current:
+            continue
+        if options.check:
+            print(f"tables: {document} differs from benchmarks/results (run: make tables)", file=sys.stderr)
+            status = 1
+        else:
+            path.write_text(wanted, encoding="utf-8")
+            print(f"Wrote {document}")
+    return status
 
 
 if __name__ == "__main__":

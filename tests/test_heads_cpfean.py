@@ -42,6 +42,7 @@ def iou(one: list[float], other: list[float]) -> float:
 
 
 def plain_regions(v: Tensor, head: CPFEANHead, boxes: Tensor | None = None) -> list[Tensor]:
+    v = layer_norm(v, v.shape[1:], head.norm.weight, head.norm.bias)
     rows, size = list(v), v.shape[1] // head.num_heads
     places = None if boxes is None else boxes.tolist()
     for layer in head.region_layers:
@@ -209,6 +210,7 @@ def test_with_nothing_left_it_is_chan() -> None:
     images, words, lengths = example(6, 1)
     bare = made(6, 1, region_layers=0, word_graph=False, fusion=False, alignment="max_mean")
     chan = build_head("chan", embed_dim=CHANNELS, num_patches=6)
+    bare.norm = torch.nn.Identity()
     assert not list(bare.parameters())
     torch.testing.assert_close(
         bare.training_scores(images, words, lengths).scores,
@@ -236,6 +238,7 @@ def test_the_word_that_regions_choose_weighs_more() -> None:
         fusion=False,
     )
     assert isinstance(head, CPFEANHead)
+    head.norm = torch.nn.Identity()
     head.gate_scale.data.zero_()
     head.gate_bias.data.zero_()
     words = torch.eye(8)[None, :2]

@@ -21,6 +21,8 @@ from ._files import write_atomically
 from ._modes import eval_mode
 from .attribution import Attribution, Floats
 from .data.images import as_rgb, open_image
+from .data.regions import RegionTransform
+from .data.transforms import ImageTransform
 from .errors import LapsTypeError, LapsValueError
 from .features import ImageFeatures, Span, TextFeatures
 
@@ -277,7 +279,9 @@ def explain(
     with eval_mode(model), torch.no_grad():
         images, seen = _image(model, image)
         texts, written = _caption(model, caption)
-        shape = _grid(model.head.num_patches, grid)
+        # Regions lie anywhere: they are shown in a row.
+        in_a_row = grid is None and isinstance(model.transform, RegionTransform)
+        shape = _grid(model.head.num_patches, (1, model.head.num_patches) if in_a_row else grid)
         attribution = model.head.explain(images, texts, mask=None if mask is None else _mask(mask, shape))
     spans = texts.spans[0] if texts.spans else None
     if spans is not None and written is not None:
@@ -295,17 +299,21 @@ def _image(model: LAPS, image: object) -> tuple[ImageFeatures, Image.Image | Non
     if isinstance(image, ImageFeatures):
         return _one("image", image), None
     picture = None
-    if isinstance(image, (str, Path)):
+    transform = model.transform
+    if isinstance(transform, RegionTransform):
+        image = transform.open(image) if isinstance(image, (str, Path)) else image
+    elif isinstance(image, (str, Path)):
         picture = open_image(image)
     elif isinstance(image, Image.Image):
         picture = as_rgb(image)
-    if picture is not None:
-        pixels = model.transform.eval()(picture)
+    if picture is not None and isinstance(transform, ImageTransform):
+        pixels = transform.eval()(picture)
     elif isinstance(image, Tensor):
         if not image.is_floating_point():
             expected = "floating, as the model's transform makes them"
             raise LapsTypeError(_check.message(OPERATION, "image has wrong pixels", expected, image.dtype))
-        pixels = image[0] if image.dim() == 4 and len(image) == 1 else image
+        shape = model.image_encoder.input_shape
+        pixels = image[0] if image.dim() == len(shape) + 1 and len(image) == 1 else image
     else:
         expected = "a path, a Pillow image, a tensor (3, S, S) or ImageFeatures"
         raise LapsTypeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -19,8 +19,8 @@ from ._hub import find_folder
 from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
-from .data import Batch, CaptionTokenizer, ImageTransform, open_image
-from .encoders import ImageEncoder, TextEncoder, implementations
+from .data import Batch, CaptionTokenizer, ImageTransform, RegionTransform
+from .encoders import ImageEncoder, RegionBackbone, TextEncoder, implementations
 from .encoders.backbone import UNUSED, describe, freeze, is_transformers
 from .encoders.keys import check_weights
 from .errors import LapsError, LapsTypeError, LapsValueError
@@ -49,7 +49,8 @@ class LAPS(nn.Module, ModelHubMixin):
         head: a :class:`laps.nn.LAPSHead`, or another head of :mod:`laps.heads`.
         tokenizer: captions to token ids; needed by `encode_captions`, training and evaluation. Where it
             allows longer captions than the text encoder has positions for, the model's copy cuts them there.
-        transform: photographs to pixels. None: the published one at the encoder's size.
+        transform: photographs to pixels, or files of regions to their rows. None: the published one at the
+            encoder's size, or the one for its regions.
         objective: the loss of `forward`. None: the head's own (LAPS: the hinge loss with margin 0.2).
 
     Raises:
@@ -78,7 +79,7 @@ class LAPS(nn.Module, ModelHubMixin):
         head: SimilarityHead,
         *,
         tokenizer: CaptionTokenizer | None = None,
-        transform: ImageTransform | None = None,
+        transform: ImageTransform | RegionTransform | None = None,
         objective: Objective | None = None,
     ) -> None:
         super().__init__()
@@ -101,14 +102,14 @@ class LAPS(nn.Module, ModelHubMixin):
                     "equal",
                 )
             )
-        transform = transform or ImageTransform(image_size=image_encoder.image_size)
-        if transform.image_size != image_encoder.image_size:
+        transform = transform or _transform_for(image_encoder)
+        if transform.input_shape != image_encoder.input_shape:
             raise LapsValueError(
                 _check.message(
                     "LAPS",
-                    f"transform has image_size={transform.image_size}, but image_encoder has "
-                    f"{image_encoder.image_size}",
-                    "equal",
+                    f"transform makes {transform.input_shape}, but image_encoder takes "
+                    f"{image_encoder.input_shape}",
+                    "equal (image_size)",
                 )
             )
         if tokenizer is not None and tokenizer.vocab_size > (text_encoder.vocab_size or tokenizer.vocab_size):
@@ -251,7 +252,7 @@ class LAPS(nn.Module, ModelHubMixin):
 
     def encode_image(self, pixel_values: Tensor) -> ImageFeatures:
         """Pixels (B_v, 3, S, S), normalised, to features: everything that does not depend on a caption."""
-        return self.head.encode_image(self.image_encoder(pixel_values))
+        return self.head.encode_image(self.image_encoder(pixel_values), **self._boxes(pixel_values))
 
     def encode_text(
         self, input_ids: Tensor, lengths: Tensor, spans: list[list[Span]] | None = None
@@ -295,9 +296,10 @@ class LAPS(nn.Module, ModelHubMixin):
         if not paths:
             raise LapsValueError(_check.message(operation, "paths is empty", "at least one", 0))
         step = _check.count(operation, "batch_size", batch_size)
-        load, parts = self.transform.eval(), []
+        load: Callable[[Any], Tensor] = self.transform.eval()
+        parts = []
         for first in range(0, len(paths), step):
-            pixels = torch.stack([load(open_image(path)) for path in paths[first : first + step]])
+            pixels = torch.stack([load(self.transform.open(path)) for path in paths[first : first + step]])
             parts.append(self.encode_image(pixels.to(self.device)))
         return ImageFeatures.cat(parts)
 
@@ -354,7 +356,8 @@ class LAPS(nn.Module, ModelHubMixin):
         """
         images = self.image_encoder(batch.pixel_values)
         words = self.text_encoder(batch.input_ids, batch.lengths)
-        scored = self.head.training_scores(images, words, batch.lengths)
+        boxes = self._boxes(batch.pixel_values)
+        scored = self.head.training_scores(images, words, batch.lengths, **boxes)
         loss, values = self.objective(
             scored.scores,
             batch.image_ids,
@@ -419,6 +422,11 @@ class LAPS(nn.Module, ModelHubMixin):
     def _backbones(self) -> Iterator[nn.Module]:
         yield self.image_encoder.backbone
         yield self.text_encoder.backbone
+
+    def _boxes(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """What a head that looks at them is told of where regions are; of pixels nothing."""
+        boxes = self.image_encoder.boxes(pixel_values) if self.head.uses_boxes else None
+        return {} if boxes is None else {"boxes": boxes}
 
     def _tokenizer(self, method: str) -> CaptionTokenizer:
         if self.tokenizer is None:
@@ -615,10 +623,19 @@ def _weights(backbone: nn.Module) -> dict[str, Tensor]:
     return transformers_backbone.weights(cast("Any", backbone))
 
 
-def _read_transform(path: Path) -> ImageTransform:
+def _read_transform(path: Path) -> ImageTransform | RegionTransform:
     settings = read_object("LAPS.from_pretrained", path, "a transform's JSON file")
     with _made_from(path):
+        if settings.get("kind") == "regions":
+            return RegionTransform.from_dict(settings)
         return ImageTransform.from_dict(settings)
+
+
+def _transform_for(image_encoder: ImageEncoder) -> ImageTransform | RegionTransform:
+    backbone = image_encoder.backbone
+    if isinstance(backbone, RegionBackbone):
+        return RegionTransform(backbone.num_regions, backbone.feature_dim)
+    return ImageTransform(image_size=image_encoder.image_size)
 
 
 @contextmanager

@@ -159,7 +159,13 @@ class Trainer:
             )
         if dev_data is not None:
             dev_data = usable(
-                "Trainer", dev_data, model.tokenizer, on_error=on_error, read_images=True, progress=shown
+                "Trainer",
+                dev_data,
+                model.tokenizer,
+                on_error=on_error,
+                read_images=True,
+                open_file=model.transform.open,
+                progress=shown,
             )
         self.model, self.train_data, self.dev_data = model, train_data, dev_data
         self.folder = Path(folder)

@@ -14,6 +14,7 @@ from .dataset import Batch, CaptionDataset, ImageDataset
 from .formats import load, read_caption_files, read_karpathy, read_pairs
 from .images import open_image
 from .records import RetrievalData
+from .regions import RegionTransform
 from .scenes import make_scenes
 from .tokenizer import CaptionTokenizer, Tokens
 from .transforms import ImageTransform
@@ -25,6 +26,7 @@ __all__ = [
     "CheckReport",
     "ImageDataset",
     "ImageTransform",
+    "RegionTransform",
     "RetrievalData",
     "Tokens",
     "check",

@@ -8,20 +8,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import _check
 from ..errors import LapsValueError
-from .images import open_image
 from .records import RetrievalData
+from .regions import RegionTransform
 from .tokenizer import CaptionTokenizer
 from .transforms import ImageTransform
 
 __all__ = ["Batch", "CaptionDataset", "Example", "ImageDataset"]
+
+Transform: TypeAlias = ImageTransform | RegionTransform
 
 ON_ERROR = ("raise", "skip")
 
@@ -31,7 +33,7 @@ class Batch:
     """What a training step takes: B captions, each with its image.
 
     Attributes:
-        pixel_values: (B, 3, S, S) float32.
+        pixel_values: (B, 3, S, S) float32; of regions (B, K, D + 5), see :class:`laps.data.RegionTransform`.
         input_ids: (B, L) int64, padded.
         lengths: (B,) int64, always on the CPU, where the head reads them without waiting for the device.
         image_ids: (B,) int64, which image of the data row i shows.
@@ -80,15 +82,16 @@ def _shared(tensor: Tensor) -> Tensor:
 class _Images:
     """Opens images by index; what happens to an unreadable one is the caller's choice."""
 
-    def __init__(self, operation: str, paths: Sequence[Path], on_error: str) -> None:
-        self.paths = paths
+    def __init__(self, operation: str, paths: Sequence[Path], transform: Transform, on_error: str) -> None:
+        self.paths, self._open = paths, transform.open
         self.skip = _check.choice(operation, "on_error", on_error, ON_ERROR) == "skip"
         # Shared: all workers together warn once per path.
         self.warned = _shared(torch.zeros(len(paths), dtype=torch.bool))
 
-    def open(self, index: int) -> Image.Image | None:
+    def open(self, index: int) -> Any:
+        """What the transform takes, or None."""
         try:
-            return open_image(self.paths[index])
+            return self._open(self.paths[index])
         except LapsValueError as error:
             if not self.skip:
                 raise
@@ -137,7 +140,7 @@ class CaptionDataset(Dataset[Example | None]):
         self,
         data: RetrievalData,
         tokenizer: CaptionTokenizer,
-        transform: ImageTransform,
+        transform: Transform,
         *,
         seed: int = 0,
         train: bool = True,
@@ -156,7 +159,7 @@ class CaptionDataset(Dataset[Example | None]):
                 )
             )
         self._to_pixels = transform.train() if train else transform.eval()
-        self._images = _Images(operation, data.image_paths, on_error)
+        self._images = _Images(operation, data.image_paths, transform, on_error)
         self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
@@ -251,11 +254,11 @@ class ImageDataset(Dataset[tuple[int, Tensor] | None]):
     """
 
     def __init__(
-        self, data: RetrievalData | Sequence[Path], transform: ImageTransform, *, on_error: str = "raise"
+        self, data: RetrievalData | Sequence[Path], transform: Transform, *, on_error: str = "raise"
     ) -> None:
         paths = data.image_paths if isinstance(data, RetrievalData) else [Path(path) for path in data]
-        self._images = _Images("ImageDataset", paths, on_error)
-        self._size, self._to_pixels = transform.image_size, transform.eval()
+        self._images = _Images("ImageDataset", paths, transform, on_error)
+        self._shape, self._to_pixels = transform.input_shape, transform.eval()
 
     def __len__(self) -> int:
         return len(self._images.paths)
@@ -269,5 +272,5 @@ class ImageDataset(Dataset[tuple[int, Tensor] | None]):
         kept = [item for item in items if item is not None]
         indices = torch.tensor([index for index, _ in kept], dtype=torch.int64)
         if not kept:
-            return indices, torch.empty(0, 3, self._size, self._size)
+            return indices, torch.empty(0, *self._shape)
         return indices, torch.stack([pixels for _, pixels in kept])

@@ -41,6 +41,7 @@ def load(
     split: str,
     *,
     images: str | Path | None = None,
+    regions: bool = False,
     on_missing: str = "raise",
     on_empty: str = "raise",
 ) -> RetrievalData:
@@ -53,6 +54,8 @@ def load(
             split column has one split, named as the file if that is a split's name, else "all".
         images: the folder of the image files; None looks beside the file: in ``images/``, in the data set's
             name, and in the folder itself.
+        regions: of caption files, take the detector features ``{split}_ims.npy`` beside them for images; see
+            :class:`laps.data.RegionTransform`.
         on_missing: "raise" refuses data whose image files are not all there, "keep" leaves that to the reader
             of the images.
         on_empty: "raise" refuses an empty caption (nothing in it is visible), "keep" leaves that to the
@@ -72,7 +75,8 @@ def load(
         >>> laps.data.load(folder / "test.csv", "test").captions
         ['a cat', 'a black cat']
     """
-    return _read("load", *detect("load", Path(path)), split, images, on_missing, on_empty)
+    kind, place = detect("load", Path(path))
+    return _read("load", kind, place, split, images, on_missing, on_empty, regions)
 
 
 def read_karpathy(
@@ -92,6 +96,7 @@ def read_caption_files(
     split: str,
     images: str | Path | None = None,
     *,
+    regions: bool = False,
     on_missing: str = "raise",
     on_empty: str = "raise",
 ) -> RetrievalData:
@@ -99,9 +104,11 @@ def read_caption_files(
 
     Line t of ``{split}_caps.txt`` is caption t. ``{split}_ids.txt`` has the image id of each caption, or one
     id per image, where every image has the same number of captions, in order. ``id_mapping.json``, here or
-    one folder up, gives each id's image file.
+    one folder up, gives each id's image file. With `regions` the images are the rows of ``{split}_ims.npy``,
+    each with equally many captions, in order, and neither ids nor mapping are needed.
     """
-    return _read("read_caption_files", "caption_files", Path(folder), split, images, on_missing, on_empty)
+    operation, folder = "read_caption_files", Path(folder)
+    return _read(operation, "caption_files", folder, split, images, on_missing, on_empty, regions)
 
 
 def read_pairs(
@@ -124,10 +131,15 @@ def _read(
     images: str | Path | None,
     on_missing: str,
     on_empty: str,
+    regions: bool = False,
 ) -> RetrievalData:
     _check.choice(operation, "on_missing", on_missing, KEEP)
     _check.choice(operation, "on_empty", on_empty, KEEP)
-    found = listings(operation, kind, path, split)
+    if _check.flag(operation, "regions", regions) and kind != "caption_files":
+        raise LapsValueError(
+            _check.message(operation, f"{path} has no rows of regions", "a folder with *_caps.txt", kind)
+        )
+    found = listings(operation, kind, path, split, regions=regions)
     if not any(listing.files for listing in found.values()):
         raise LapsValueError(_check.message(operation, f"{path} lists no image", "at least one"))
     if kind != "caption_files":
@@ -175,7 +187,9 @@ def detect(operation: str, path: Path) -> tuple[str, Path]:
     return kind, path if kind == "caption_files" else file
 
 
-def listings(operation: str, kind: str, path: Path, split: str | None = None) -> dict[str, Listing]:
+def listings(
+    operation: str, kind: str, path: Path, split: str | None = None, *, regions: bool = False
+) -> dict[str, Listing]:
     """The splits of `path` by name; of caption files, which are one per split, `split` alone if given."""
     if kind == "karpathy":
         return parse_karpathy(operation, path)
@@ -185,7 +199,7 @@ def listings(operation: str, kind: str, path: Path, split: str | None = None) ->
         raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
     names = sorted(file.name.removesuffix(CAPTIONS_END) for file in path.glob(f"*{CAPTIONS_END}"))
     wanted = names if split is None else [_split_name(operation, path, split, names)]
-    return {name: parse_caption_files(operation, path, name) for name in wanted}
+    return {name: parse_caption_files(operation, path, name, regions=regions) for name in wanted}
 
 
 def _same_split(name: str, other: str) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from .. import _check
 from ..errors import LapsValueError
 from .records import RetrievalData
+from .regions import REGIONS_END
 
 # Where the common archives of photographs unpack to, beside the annotations.
 KNOWN_FOLDERS = {"f30k": "flickr30k-images", "flickr30k": "flickr30k-images", "coco": "coco-images"}
@@ -71,7 +72,7 @@ class Listing:
             raise LapsValueError(_check.message(operation, f"images {images} is missing", "a folder"))
         for folder in folders:
             paths = [folder / file for file in self.files]
-            if folder.is_dir() and any(path.is_file() for path in paths):
+            if folder.is_dir() and any(_is_there(path) for path in paths):
                 return paths
         looked = ", ".join(str(folder) for folder in folders)
         raise LapsValueError(
@@ -115,11 +116,21 @@ class Listing:
         )
 
 
+def _is_there(path: Path) -> bool:
+    """Whether this is a file, or a row of a file of regions."""
+    return path.is_file() or (path.parent.name.endswith(REGIONS_END) and path.parent.is_file())
+
+
 def missing_files(paths: list[Path]) -> list[int]:
     """Which of the files are missing. One listing per folder: asking per file is slow on network disks."""
+    rows = {path.parent for path in paths if path.parent.name.endswith(REGIONS_END)}
+    whole = {parent: parent.is_file() for parent in rows}
     present: dict[str, set[str]] = {}
     missing = []
     for i, path in enumerate(paths):
+        if path.parent in whole:
+            missing += [] if whole[path.parent] else [i]
+            continue
         folder, name = os.path.split(path)
         if folder not in present:
             present[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
+from .regions import REGIONS_END
 
 CAPTIONS_END = "_caps.txt"
 PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -84,11 +87,13 @@ def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
     return found
 
 
-def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
+def parse_caption_files(operation: str, folder: Path, split: str, *, regions: bool = False) -> Listing:
     captions_file, ids_file = folder / f"{split}{CAPTIONS_END}", folder / f"{split}_ids.txt"
     # Lines end at a line feed only: captions may hold Unicode's other separators.
     text = text_of(operation, captions_file)
     captions = text.removesuffix("\n").split("\n") if text else []
+    if regions:
+        return _parse_regions(operation, captions_file, captions, folder / f"{split}{REGIONS_END}")
     ids = text_of(operation, ids_file).split()
     if bool(ids) != bool(captions) or (ids and len(captions) % len(ids)):
         raise LapsValueError(
@@ -121,6 +126,33 @@ def parse_caption_files(operation: str, folder: Path, split: str) -> Listing:
         each = len(captions) // len(ids)
         for caption in range((line - 1) * each, line * each):
             listing.add_caption(listing.add_image(name), captions[caption], caption + 1)
+    return listing
+
+
+def _parse_regions(operation: str, captions_file: Path, captions: list[str], regions: Path) -> Listing:
+    """Captions whose images are rows of a file of detector features: a row each, or some captions a row."""
+    try:
+        rows = len(np.load(regions, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise LapsValueError(
+            _check.message(operation, f"{regions} cannot be read", "an array (images, K, D)", error)
+        ) from error
+    if not rows or len(captions) % rows:
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"{regions} does not fit {captions_file.name}",
+                "equally many captions for each row",
+                f"{rows} rows and {len(captions)} captions",
+            )
+        )
+    listing = Listing(
+        f"{captions_file.parent.name}/{regions.name}", f"{captions_file}:{{}}", [regions.parent]
+    )
+    each = len(captions) // rows
+    for caption, text in enumerate(captions):
+        image = listing.add_image(f"{regions.name}/{caption // each}")
+        listing.add_caption(image, text, caption + 1)
     return listing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torchvision.transforms import v2
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
+from .images import open_image
 
 __all__ = ["ImageTransform"]
 
@@ -78,6 +80,15 @@ class ImageTransform:
                 )
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(3, S, S)."""
+        return 3, self.image_size, self.image_size
+
+    def open(self, path: str | Path) -> Image.Image:
+        """The image of a file; see :func:`laps.data.open_image`."""
+        return open_image(path)
 
     def train(self) -> ToTensor:
         """The training transform, PIL RGB image to (3, S, S) float32; it draws from torch's CPU generator."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,6 +32,7 @@ def usable(
     *,
     on_error: str,
     read_images: bool,
+    open_file: Callable[[Path], object] = open_image,
     progress: bool = True,
 ) -> RetrievalData:
     """The data, without what cannot be used or with an error that names it.
@@ -42,6 +45,7 @@ def usable(
             with its captions, and warns once, with the numbers.
         read_images: also read every image, so that damaged ones count too. It takes as long as an evaluation
             waits for its images.
+        open_file: how one is read.
         progress: whether to show a bar while images are read.
 
     Raises:
@@ -51,7 +55,7 @@ def usable(
     if read_images:
         present = [i for i in range(data.num_images) if i not in bad_images]
         faults = with_each_image(
-            _fault,
+            partial(_fault, open_file),
             [data.image_paths[i] for i in present],
             threads=min(8, os.cpu_count() or 1),
             progress=progress,
@@ -88,9 +92,9 @@ def usable(
     )
 
 
-def _fault(path: Path) -> str:
+def _fault(open_file: Callable[[Path], object], path: Path) -> str:
     try:
-        open_image(path)
+        open_file(path)
     except LapsValueError as error:
         return str(error).removeprefix("open_image: ")
     return ""

@@ -25,9 +25,10 @@ class Description:
         config: as ``config.json`` keeps it: the values of a transformers configuration.
         inputs: the name of its input, ``"pixel_values"`` or ``"input_ids"``.
         num_prefix_tokens: P.
-        image_size: S in pixels.
+        image_size: S in pixels; of regions, their number.
         max_length: the most tokens of a caption.
         vocab_size: the number of token ids.
+        input_shape: of an image's input, where that is no picture (3, S, S).
         projects: whether its tokens are made by CLIP's projection, which is left to the encoder.
     """
 
@@ -37,6 +38,7 @@ class Description:
     image_size: int | None = None
     max_length: int | None = None
     vocab_size: int | None = None
+    input_shape: tuple[int, ...] | None = None
     projects: bool = False
 
 

@@ -31,7 +31,7 @@ class ImageEncoder(nn.Module):
         image_size: S in pixels. Known for a model of transformers that is made for one size.
 
     Attributes: ``backbone``, ``projection``, ``num_prefix_tokens``, ``num_patches`` (N), ``embed_dim`` (C),
-    ``image_size``.
+    ``image_size``, ``input_shape`` (3, S, S) or that of :class:`RegionBackbone`.
 
     Raises:
         LapsValueError: `num_prefix_tokens` or `image_size` is not stated and not known, or the backbone
@@ -69,6 +69,9 @@ class ImageEncoder(nn.Module):
                 )
         self.num_prefix_tokens = _check.count("ImageEncoder", "num_prefix_tokens", num_prefix_tokens, 0)
         self.image_size = _check.count("ImageEncoder", "image_size", image_size)
+        # Pixels, or the rows of regions (laps.encoders.RegionBackbone).
+        pixels = (3, self.image_size, self.image_size)
+        self.input_shape = (description and description.input_shape) or pixels
         self.projects = description is not None and description.projects
         tokens, width = self._probe()
         self.num_patches = tokens - self.num_prefix_tokens
@@ -108,20 +111,22 @@ class ImageEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Pixels (B, 3, S, S), normalised as the backbone expects, to tokens (B, P + N, C)."""
-        if not isinstance(pixel_values, Tensor) or pixel_values.shape[1:] != (
-            3,
-            self.image_size,
-            self.image_size,
-        ):
+        if not isinstance(pixel_values, Tensor) or pixel_values.shape[1:] != self.input_shape:
             got = (
                 tuple(pixel_values.shape) if isinstance(pixel_values, Tensor) else type(pixel_values).__name__
             )
-            expected = f"a tensor (B, 3, {self.image_size}, {self.image_size})"
+            expected = f"a tensor (B, {', '.join(map(str, self.input_shape))})"
             raise LapsValueError(
                 _check.message("ImageEncoder", "pixel_values does not fit the model", expected, got)
             )
         tokens: Tensor = self.projection(self._tokens_of(self.backbone, pixel_values))
         return tokens
+
+    def boxes(self, pixel_values: Tensor) -> Tensor | None:
+        """Where each token is, (B, N, 4) as x0, y0, x1, y1 in [0, 1], of regions; None of pixels."""
+        from .regions import RegionBackbone, boxes_of
+
+        return boxes_of(pixel_values) if isinstance(self.backbone, RegionBackbone) else None
 
     def _tokens_of(self, backbone: Any, pixel_values: Tensor) -> Tensor:
         output = backbone(pixel_values)
@@ -141,9 +146,7 @@ class ImageEncoder(nn.Module):
     def _probe(self) -> tuple[int, int]:
         """The number and size of the backbone's tokens, seen on one black image."""
         parameter = next(self.backbone.parameters(), torch.empty(0))
-        pixels = torch.zeros(
-            1, 3, self.image_size, self.image_size, device=parameter.device, dtype=parameter.dtype
-        )
+        pixels = torch.zeros(1, *self.input_shape, device=parameter.device, dtype=parameter.dtype)
         try:
             with eval_mode(self.backbone):
                 tokens = self._tokens_of(self.backbone, pixels)

@@ -14,6 +14,8 @@ from ..errors import LapsValueError
 __all__ = ["IMPLEMENTATIONS", "build", "load", "restore"]
 
 # "auto" is the native one where it is installed and can build the model, else that of transformers.
+# The model_type of laps.encoders.RegionBackbone.
+REGIONS = "laps_regions"
 IMPLEMENTATIONS = ("hf", "native", "auto")
 
 
@@ -35,6 +37,8 @@ def build(config: Mapping[str, Any], encoders: str) -> nn.Module:
         LapsValueError: a senseless configuration. ImportError: no native encoders here, where they are asked
             for.
     """
+    if config.get("model_type") == REGIONS:
+        return _regions(config)
     if _is_native(encoders, config):
         from . import native
 
@@ -53,6 +57,8 @@ def restore(config: Mapping[str, Any], encoders: str, state: Mapping[str, Tensor
     Raises:
         LapsValueError, ImportError: as `build`.
     """
+    if config.get("model_type") == REGIONS:
+        return _regions(config), True
     if _is_native(encoders, config):
         from . import native
 
@@ -61,6 +67,13 @@ def restore(config: Mapping[str, Any], encoders: str, state: Mapping[str, Tensor
 
     backbone, misfit = backbones.from_weights(backbones.config_from_dict(config), state)
     return backbone, not any(misfit)
+
+
+def _regions(config: Mapping[str, Any]) -> nn.Module:
+    # Nobody's but ours, whatever `encoders` says.
+    from .regions import RegionBackbone
+
+    return RegionBackbone.from_config(config)
 
 
 def load(source: str | Path, part: str, encoders: str, image_size: int | None = None) -> nn.Module:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import _check
 from .._precision import wide
 from .._workers import end_workers, leave_signals, start_workers
-from ..data import CaptionTokenizer, ImageDataset, ImageTransform, RetrievalData
+from ..data import CaptionTokenizer, ImageDataset, ImageTransform, RegionTransform, RetrievalData
 from ..data.loading import batches_of
 from ..errors import LapsValueError
 from ..features import ImageFeatures, TextFeatures
@@ -32,7 +32,7 @@ TOKENS_AT_ONCE = 2**15
 class RetrievalModel(Protocol):
     """What evaluation needs of a model; :class:`laps.LAPS` is one."""
 
-    transform: ImageTransform
+    transform: ImageTransform | RegionTransform
 
     @property
     def tokenizer(self) -> CaptionTokenizer | None: ...

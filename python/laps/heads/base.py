@@ -49,10 +49,13 @@ class SimilarityHead(nn.Module, ABC):
 
     Attributes:
         name: what it is found by; :func:`register_head` sets it.
+        uses_boxes: whether `encode_image` and `training_scores` take ``boxes``, (B_v, N, 4) as x0, y0, x1, y1
+            in [0, 1], where the image encoder knows where its tokens are (regions).
         default_loss: keyword arguments of :class:`laps.objective.Objective`, as its authors train it.
     """
 
     name: ClassVar[str] = ""
+    uses_boxes: ClassVar[bool] = False
     default_loss: ClassVar[Mapping[str, Any]] = {}
     embed_dim: int
     num_patches: int

@@ -86,15 +86,17 @@ class WordGraph(nn.Module):
 class CPFEANHead(PairHead):
     """CPFEAN, our reading of its public description: neither its equations nor its code are public.
 
-    Regions v_i pass transformer layers, words w_j a dense graph; both are made unit vectors. Per pair, with
-    s_ij = v_i . w_j and j*(i) the word that region i is most like, regions take up their word by a gate::
+    Regions v_i pass a norm and transformer layers, words w_j a dense graph; both are made unit vectors. Per
+    pair, with s_ij = v_i . w_j and j*(i) the word that region i is most like, regions take up their word by a
+    gate::
 
         g_i = sigmoid(a s_{i j*(i)} + b),   v~_i = l2(v_i + Linear(g_i [v_i ; w_{j*(i)}]))
         n_j = sum_{i: j*(i) = j} g_i,       alpha_j = (1 + gamma n_j) / sum_k (1 + gamma n_k)
         S = sum_j alpha_j max_i v~_i . w_j
 
-    Position and label of a region belong to the encoder that makes the image tokens. A mismatched caption
-    can lend its words to the regions too: watch the two mean gates in the log of `training_scores`.
+    Position and label of a region belong to the encoder that makes the image tokens
+    (:class:`laps.encoders.RegionBackbone`). A mismatched caption can lend its words to the regions too: watch
+    the two mean gates in the log of `training_scores`.
 
     Args:
         embed_dim: C.
@@ -125,6 +127,7 @@ class CPFEANHead(PairHead):
         torch.Size([2, 3])
     """
 
+    uses_boxes: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "hinge", "margin": 0.2}
 
     def __init__(
@@ -153,6 +156,7 @@ class CPFEANHead(PairHead):
         self.fusion = _check.flag(name, "fusion", fusion)
         self.alignment = _check.choice(name, "alignment", alignment, ALIGNMENTS)
         self.gamma = _check.number(name, "gamma", gamma, 0.0)
+        self.norm = nn.LayerNorm(c)
         self.region_layers = nn.ModuleList(RegionLayer(c, self.num_heads) for _ in range(layers))
         self.word_graph = WordGraph(c) if _check.flag(name, "word_graph", word_graph) else None
         self.gated = self.fusion or alignment in ("prominent", "region")
@@ -199,6 +203,7 @@ class CPFEANHead(PairHead):
             check_boxes(boxes, len(patches), patches.shape[1])
             if self.iou_mask:
                 seen = overlapping(boxes)[:, None].to(patches.device)
+        patches = self.norm(patches)
         for layer in self.region_layers:
             patches = layer(patches, seen)
         patches = unit(wide(patches))
