@@ -8,12 +8,12 @@ How it is measured. Tokens are random, in the shape of ViT-B/16 at 224 pixels, f
 weights, and are in eval mode. The clock starts at the features: what a head makes of images alone and of
 captions alone is the same in both forms, and is timed by itself, as "sides". For LAPS it starts at the
 tokens, because the published loop computes the aggregation network anew for each caption. Both forms take
-turns in one process, and must have the same scores to 1e-4. "Step" is forward and backward of the sum of the
-scores, with gradients for both sides and all weights. The published forms are in benchmarks/published_heads.py;
-heads whose score is one matrix product have no other form, and are timed once.
+turns in one process, and must have the same scores to 1e-4. "Step" is forward and backward of the sum of
+the scores, with gradients for both sides and all weights. The published forms are those of
+benchmarks.published_heads; heads whose score is one matrix product have no other form, and are timed once.
 
-Peak extra memory comes from a fresh process for each form, as in benchmarks.head. The published form's step is
-left out where autograd would keep more than the memory that is free, which a step of one caption tells.
+Peak extra memory comes from a fresh process for each form, as in benchmarks.head. The step of the published
+form is left out where autograd would keep more than the memory that is free; one caption tells how much.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def step(scores: Scores, inputs: list[Tensor], head: torch.nn.Module) -> None:
     for x in inputs:
         x.grad = None
     head.zero_grad(set_to_none=True)
-    scores().sum().backward()
+    torch.autograd.backward(scores().sum())
 
 
 # ---- memory

@@ -85,11 +85,13 @@ def sgr(head: Any, images: ImageFeatures, texts: TextFeatures) -> Tensor:
 def saf(head: Any, images: ImageFeatures, texts: TextFeatures) -> Tensor:
     """In eval mode: BatchNorm has its running statistics."""
     patches, norm = unit_patches(images), head.norm
-    statistics = [x.reshape(1) for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)]
+    mean, variance, weight, bias = (
+        x.reshape(1) for x in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    )
     columns = []
     for caption, text in zip(captions(texts), texts.embedding, strict=True):
         x = nodes(head, patches, caption, images.embedding, text)
-        energies = F.batch_norm(head.filter(x).flatten(0, 1), *statistics, eps=norm.eps)
+        energies = F.batch_norm(head.filter(x).flatten(0, 1), mean, variance, weight, bias, eps=norm.eps)
         weights = energies.sigmoid().view(*x.shape[:2], 1)
         weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-8)
         z = F.normalize((weights * x).sum(dim=1), dim=-1)
@@ -100,8 +102,8 @@ def saf(head: Any, images: ImageFeatures, texts: TextFeatures) -> Tensor:
 def sgraf(head: Any, images: ImageFeatures, texts: TextFeatures) -> Tensor:
     """The mean of the scores of two models, each with its own attention."""
     # The features hold the global vectors of both, each of length 1 / sqrt(2).
-    image_saf, image_sgr = (F.normalize(x, dim=-1) for x in images.embedding.chunk(2, dim=-1))
-    text_saf, text_sgr = (F.normalize(x, dim=-1) for x in texts.embedding.chunk(2, dim=-1))
+    image_saf, image_sgr = (2**0.5 * images.embedding).chunk(2, dim=-1)
+    text_saf, text_sgr = (2**0.5 * texts.embedding).chunk(2, dim=-1)
     first = saf(head.saf, replace(images, embedding=image_saf), replace(texts, embedding=text_saf))
     second = sgr(head.sgr, replace(images, embedding=image_sgr), replace(texts, embedding=text_sgr))
     return (first + second) / 2
