@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import laps
+import PIL.Image
 import pytest
 import yaml
 from laps import compare
@@ -18,6 +21,8 @@ from laps.compare.settings import Scenes
 from laps.compare.table import Cell, Table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+run_module = importlib.import_module("laps.compare.run")
 
 TINY: dict[str, Any] = {
     "title": "Tiny",
@@ -196,4 +201,117 @@ def test_the_command_writes_the_tables(tmp_path: Path, capsys: pytest.CaptureFix
     for suffix in ("md", "tex", "csv", "json"):
         assert (out / f"table.{suffix}").read_text()
     assert main([*arguments, "--rows", "nothing"]) == 2
-    assert "--rows" in capsys.readouterr().err
+    assert "rows is unknown" in capsys.readouterr().err
+
+
+# ---- what a reviewer found
+
+
+def fake(comparison: compare.Comparison, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs in which nothing is trained; returns what was asked to be."""
+    asked: list[str] = []
+
+    def train(settings: compare.Comparison, row: compare.Row, seed: int, data: Any, options: Any) -> None:
+        asked.append(f"{row.name} {seed}")
+        metrics = dict.fromkeys(
+            ["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10", "rsum"], float(seed)
+        )
+        done = compare.Result(row.name, seed, metrics, None, 1, 1.0, 0)
+        folder = run_module._folder(row.slug, seed, options)
+        folder.mkdir(parents=True)
+        key = run_module._key(settings, row, data)
+        (folder / "result.json").write_text(json.dumps({"key": key, "laps": "0", **vars(done)}))
+
+    monkeypatch.setattr(run_module, "_train", train)
+    run(comparison, out)
+    return asked
+
+
+def pairs(folder: Path, word: str = "red") -> Path:
+    lines = ["image,caption,split"]
+    for split, number in (("train", 16), ("val", 4), ("test", 4)):
+        for i in range(number):
+            PIL.Image.new("RGB", (8, 8)).save(folder / f"{split}{i}.png")
+            lines.append(f"{split}{i}.png,a {word} circle,{split}")
+    file = folder / "pairs.csv"
+    file.write_text("\n".join(lines))
+    return file
+
+
+def test_results_belong_to_the_contents_of_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first, second = pairs(tmp_path / "a"), pairs(tmp_path / "b")
+    file = written(tmp_path, scenes=None, data=str(first), images=str(first.parent))
+    comparison = compare.read(file)
+    assert len(fake(comparison, tmp_path / "out", monkeypatch)) == 4
+    moved = compare.read(file, data=second, images=second.parent)
+    assert fake(moved, tmp_path / "out", monkeypatch) == []
+    pairs(tmp_path / "b", "blue")
+    with pytest.raises(laps.LapsValueError, match="other settings"):
+        fake(moved, tmp_path / "out", monkeypatch)
+
+
+def test_what_changes_no_result_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = compare.read(written(tmp_path, seeds=[0]))
+    fake(comparison, tmp_path / "out", monkeypatch)
+    other = replace(comparison, train={**comparison.train, "save_every": 7})
+    renamed = replace(other, rows=(replace(other.rows[0], name="vse"), other.rows[1]))
+    assert fake(renamed, tmp_path / "out", monkeypatch) == []
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "| vse |" in table
+    assert "| CHAN |" in table
+    for change in (
+        {"loss": {"margin": 0.3}},
+        {"start": None},
+        {"train": {**TINY["train"], "epochs": 2}},
+    ):
+        changed = replace(comparison, **change)  # type: ignore[arg-type]
+        with pytest.raises(laps.LapsValueError, match="other settings"):
+            fake(changed, tmp_path / "out", monkeypatch)
+
+
+def test_the_encoders_of_another_loss_are_no_start(tmp_path: Path) -> None:
+    comparison = compare.read(written(tmp_path, seeds=[0]))
+    run(comparison, tmp_path / "out")
+    for row in comparison.rows:
+        shutil.rmtree(tmp_path / "out" / row.slug)
+    with pytest.raises(laps.LapsValueError, match=r"start.*other settings"):
+        run(replace(comparison, loss={"margin": 0.3}), tmp_path / "out")
+
+
+def test_the_table_keeps_what_was_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = compare.read(written(tmp_path))
+    fake(comparison, tmp_path / "out", monkeypatch)
+    more = replace(comparison, rows=(*comparison.rows, compare.Row("SCAN", "scan")))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "_train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(more, tmp_path / "out")
+    table = compare.run(comparison, tmp_path / "out", rows=["VSE++"], progress=False)
+    assert [(line.name, line.seeds) for line in table.parts()["all"]] == [
+        ("VSE++", 2),
+        ("CHAN", 2),
+        ("CHAN, published", 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": [{"name": "a", "head": "chan", "options": {"poling": 1}}]}, "row 'a'.*poling"),
+        ({"rows": [{"name": "a", "head": "clip", "loss": {"margin": 0.3}}]}, "row 'a'.*margin"),
+        ({"rows": [{"name": "a", "published": "LAPSE"}]}, "row 'a' has no published figures"),
+        ({"folds": 9}, "folds"),
+    ],
+)
+def test_no_hours_pass_before_a_mistake_is_told(
+    tmp_path: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comparison = compare.read(written(tmp_path, **changes))
+    monkeypatch.setattr(run_module, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(laps.LapsError, match=message):
+        run(comparison, tmp_path / "out")

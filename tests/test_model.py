@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from _models import (
     vision_model,
 )
 from laps import LapsTypeError, LapsValueError
-from laps.data import ImageTransform, open_image
+from laps.data import ImageTransform, RegionTransform, open_image
 from laps.encoders import ImageEncoder, TextEncoder
 from laps.features import ImageFeatures, TextFeatures
 from PIL import Image
@@ -285,8 +286,13 @@ def test_parts_that_do_not_fit_are_refused_with_both_sizes() -> None:
         LapsTypeError, match=r"text_encoder has the wrong type .expected TextEncoder, got BertModel"
     ):
         laps.LAPS(images, text_model(), head)  # type: ignore[arg-type]
-    with pytest.raises(LapsValueError, match="transform has image_size=224, but image_encoder has 32"):
-        laps.LAPS(images, texts, head, transform=ImageTransform(image_size=224))
+    for transform, made in (
+        (ImageTransform(image_size=224), "(3, 224, 224)"),
+        (RegionTransform(36, 2048), "(36, 2053)"),
+    ):
+        message = f"transform makes {made}, but image_encoder takes (3, 32, 32)"
+        with pytest.raises(LapsValueError, match=re.escape(message)):
+            laps.LAPS(images, texts, head, transform=transform)
     few = TextEncoder(text_model(vocab_size=12), embed_dim=16)
     with pytest.raises(LapsValueError, match=r"tokenizer has \d+ tokens, but text_encoder has 12"):
         laps.LAPS(images, few, head, tokenizer=bert_tokenizer())

@@ -261,14 +261,11 @@ def _compare(options: argparse.Namespace) -> int:
     comparison = compare.read(options.config, data=options.data, images=options.images)
     if options.seeds:
         comparison = replace(comparison, seeds=tuple(options.seeds))
-    if options.rows:
-        known = [row.name for row in comparison.rows]
-        chosen = [_check.choice("laps compare", "--rows", name, known) for name in options.rows]
-        comparison = replace(comparison, rows=tuple(row for row in comparison.rows if row.name in chosen))
     out = options.out or Path("out/compare") / Path(options.config).stem
     table = compare.run(
         comparison,
         out,
+        rows=options.rows,
         device=options.device,
         num_workers=options.num_workers,
         progress=not options.quiet,
@@ -412,7 +409,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, help="a file or folder of captions, in place of the config's")
     parser.add_argument("--images", type=Path, help="folder of the images, in place of the config's")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the config's")
-    parser.add_argument("--rows", nargs="+", metavar="NAME", help="these alone")
+    parser.add_argument("--rows", nargs="+", metavar="NAME", help="train these alone")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     parser.add_argument(
         "--num-workers", type=int, default=4, metavar="N", help="processes that load images (default: 4)"

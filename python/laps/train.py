@@ -422,8 +422,8 @@ class Trainer:
             "model": self.model.config.to_dict(),
             "tokenizer": _describe_tokenizer(self.dataset.tokenizer),
             "transform": self.model.transform.to_dict(),
-            "train_data": _describe(self.train_data),
-            "dev_data": None if self.dev_data is None else _describe(self.dev_data),
+            "train_data": describe_data(self.train_data),
+            "dev_data": None if self.dev_data is None else describe_data(self.dev_data),
         }
         plain: dict[str, Any] = json.loads(json.dumps(described))
         return plain
@@ -531,7 +531,7 @@ def _augment(chosen: float | None, tokenizer: CaptionTokenizer) -> float:
     return 0.0 if tokenizer.mask_id is None else PUBLISHED_AUGMENT
 
 
-def _describe(data: RetrievalData) -> dict[str, Any]:
+def describe_data(data: RetrievalData) -> dict[str, Any]:
     """What tells data sets apart: names and captions, not the folder, which may have moved."""
     content = hashlib.sha256()
     for path in data.image_paths:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,21 @@ from .._json_files import read_object
 from .._laps import __version__
 from ..data import CaptionTokenizer, RetrievalData, load, make_scenes
 from ..demo import recipe
-from ..errors import LapsValueError
+from ..errors import LapsError, LapsValueError
 from ..evaluation import evaluate
+from ..heads import build_head
 from ..model import LAPS
 from ..objective import Objective
-from ..train import Trainer
+from ..train import FREE_ON_RESUME, Trainer, describe_data
 from ..train_config import TrainConfig
 from .settings import OPERATION, SMALL, START, Comparison, Row, Start
-from .table import Table
+from .table import Table, published
 
 __all__ = ["Result", "run"]
 
 RESULT = "result.json"
+# C and N of the heads that are built to be checked; all of ours take them.
+PROBE = (96, 49)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ def run(
     comparison: Comparison,
     out: str | Path,
     *,
+    rows: Sequence[str] | None = None,
     device: str | None = None,
     num_workers: int = 4,
     progress: bool = True,
@@ -86,35 +90,76 @@ def run(
 
     The rows of a seed see the same data in the same order for the same number of steps, from the same
     encoders; of the epochs each row's best by the dev split counts. Seed by seed, so that the first table is
-    whole early.
+    whole early. Several processes may share a folder if each has rows or seeds of its own.
 
     Args:
         comparison: of :func:`laps.compare.read`.
-        out: folder; ``out/ROW/seed-N`` keeps each row's model and result.
+        out: folder; ``out/ROW/seed-N`` keeps each row's best model and its result, and while it trains a
+            checkpoint of three times that size.
+        rows: names of those to train; None for all. The table has all that are there.
         device: cpu, cuda, ..; None for a GPU if there is one.
         num_workers: processes that load images.
         progress: whether bars are shown.
 
     Raises:
-        LapsValueError: data that cannot be read, or a folder that holds a run with other settings.
+        LapsValueError: a row that cannot be built, data that cannot be read, or a folder that holds a run
+            with other settings or data.
         laps.train.TrainingStoppedError: a signal; the same call goes on from there.
     """
     options = _Run(Path(out), device, num_workers, progress)
-    results: list[Result] = []
+    names = [row.name for row in comparison.rows]
+    wanted = names if rows is None else [_check.choice(OPERATION, "rows", name, names) for name in rows]
+    _check_rows(comparison)
+    data = {seed: _data(comparison, seed, options) for seed in comparison.seeds}
+    _results(comparison, data, options)
     for seed in comparison.seeds:
-        # Nothing is drawn or read for a seed that is done.
-        pending = [row for row in comparison.rows if _finished(comparison, row, seed, options) is None]
-        data = _data(comparison, seed, options) if pending else None
         for row in comparison.rows:
-            result = _finished(comparison, row, seed, options)
-            if result is None:
-                assert data is not None
+            if row.name in wanted and _finished(comparison, row, seed, data[seed], options) is None:
                 print(f"seed {seed}: {row.name}", file=sys.stderr, flush=True)
-                result = _train(comparison, row, seed, data, options)
-            results.append(result)
-            table = Table(comparison, results)
-            table.save(options.out)
+                _train(comparison, row, seed, data[seed], options)
+                Table(comparison, _results(comparison, data, options)).save(options.out)
+    table = Table(comparison, _results(comparison, data, options))
+    table.save(options.out)
     return table
+
+
+def _check_rows(comparison: Comparison) -> None:
+    """Build every head and loss once, so that what is wrong does not come out after hours."""
+    known = published()
+    backbone = comparison.published.get("backbone", "")
+    sources = [data for protocol, data in comparison.published.items() if protocol != "backbone"]
+    for row in comparison.rows:
+        try:
+            head = build_head(
+                row.head,
+                embed_dim=PROBE[0],
+                num_patches=PROBE[1],
+                **(recipe.HEAD_OPTIONS.get(row.head, {}) if comparison.model == SMALL else {})
+                | dict(row.options),
+            )
+            Objective.for_head(head, comparison.loss_of(row))
+        except LapsError as error:
+            raise type(error)(f"{OPERATION}: row {row.name!r}: {error}") from error
+        for data in sources:
+            if row.published is not None and (data, backbone, row.published) not in known:
+                raise LapsValueError(
+                    _check.message(
+                        OPERATION,
+                        f"row {row.name!r} has no published figures",
+                        "a method, data and backbone of published.csv",
+                        f"{row.published}, {data}, {backbone}",
+                    )
+                )
+
+
+def _results(comparison: Comparison, data: Mapping[int, _Data], options: _Run) -> list[Result]:
+    """All that are there, of this process and of others."""
+    found = [
+        _finished(comparison, row, seed, data[seed], options)
+        for seed in comparison.seeds
+        for row in comparison.rows
+    ]
+    return [result for result in found if result is not None]
 
 
 # ---- one row
@@ -149,9 +194,10 @@ def _train(comparison: Comparison, row: Row, seed: int, data: _Data, options: _R
         history[-1]["seconds"],
         parameters,
     )
+    key = _key(comparison, row, data)
     write_atomically(
         folder / RESULT,
-        json.dumps({"key": _key(comparison, row), "laps": __version__, **asdict(done)}, indent=2) + "\n",
+        json.dumps({"key": key, "laps": __version__, **asdict(done)}, indent=2) + "\n",
     )
     # With the optimizer's moments, three times the size of the model that is kept.
     shutil.rmtree(folder / "last", ignore_errors=True)
@@ -159,7 +205,7 @@ def _train(comparison: Comparison, row: Row, seed: int, data: _Data, options: _R
 
 
 def _fit(model: LAPS, data: _Data, folder: Path, config: TrainConfig) -> list[dict[str, Any]]:
-    return Trainer(model, data.train, data.dev, folder, config).fit(resume=(folder / "last").exists())
+    return Trainer(model, data.train, data.dev, folder, config).fit(resume=True)
 
 
 def _model(comparison: Comparison, row: Row, seed: int, data: _Data, options: _Run) -> LAPS:
@@ -177,7 +223,7 @@ def _start(comparison: Comparison, start: Start, seed: int, data: _Data, options
     """The model whose encoders all rows of the seed go on from; trained once."""
     folder = _folder(START, seed, options)
     done = folder / "done.json"
-    key = _digest({"model": comparison.model, "train": dict(comparison.train), "start": asdict(start)})
+    key = _digest({**_shared(comparison, data), "loss": dict(comparison.loss)})
     if not done.exists():
         print(f"seed {seed}: the encoders of all rows", file=sys.stderr, flush=True)
         config = comparison.train_config(
@@ -233,17 +279,31 @@ def _data(comparison: Comparison, seed: int, options: _Run) -> _Data:
         )
     assert source is not None
     read = partial(load, source, images=images)
-    return _Data(read("train"), read("dev"), read("test"))
+    data = _Data(read("train"), read("dev"), read("test"))
+    if comparison.folds is not None and comparison.folds > data.test.num_images:
+        raise LapsValueError(
+            _check.message(
+                OPERATION, "folds", f"at most {data.test.num_images} test images", comparison.folds
+            )
+        )
+    return data
 
 
-def _finished(comparison: Comparison, row: Row, seed: int, options: _Run) -> Result | None:
+def _finished(comparison: Comparison, row: Row, seed: int, data: _Data, options: _Run) -> Result | None:
     """The result that is there already, or None."""
-    path = _folder(row.slug, seed, options) / RESULT
-    if not path.exists():
+    folder = _folder(row.slug, seed, options)
+    if not (folder / RESULT).exists():
         return None
-    values = _require_same(path, _key(comparison, row))
-    values = {name: value for name, value in values.items() if name not in ("key", "laps")}
-    return Result(**values)
+    values = _require_same(folder / RESULT, _key(comparison, row, data))
+    try:
+        result = Result(**{field.name: values[field.name] for field in fields(Result)})
+    except KeyError as error:
+        raise LapsValueError(
+            _check.message(OPERATION, f"{folder / RESULT} lacks {error}", "a result of laps compare")
+        ) from None
+    # Of a process that was killed between the two.
+    shutil.rmtree(folder / "last", ignore_errors=True)
+    return replace(result, row=row.name)
 
 
 def _require_same(path: Path, key: str) -> dict[str, Any]:
@@ -257,13 +317,29 @@ def _require_same(path: Path, key: str) -> dict[str, Any]:
     return values
 
 
-def _key(comparison: Comparison, row: Row) -> str:
+def _shared(comparison: Comparison, data: _Data) -> dict[str, Any]:
+    """What the encoders that rows start from depend on, but the seed."""
+    train = asdict(comparison.train_config(0))
+    return {
+        "model": comparison.model,
+        "train": {name: value for name, value in train.items() if name not in FREE_ON_RESUME},
+        "start": comparison.start and asdict(comparison.start),
+        # Contents, wherever the files are.
+        "data": [describe_data(part) for part in (data.train, data.dev, data.test)],
+    }
+
+
+def _key(comparison: Comparison, row: Row, data: _Data) -> str:
     """Of all that the row's result depends on but the seed."""
-    given = asdict(comparison)
-    shared = ("model", "data", "images", "scenes", "train", "start", "folds")
     return _digest(
-        {name: given[name] for name in shared}
-        | {"head": row.head, "options": dict(row.options), "loss": comparison.loss_of(row)}
+        {
+            **_shared(comparison, data),
+            "start loss": dict(comparison.loss) if comparison.start else None,
+            "folds": comparison.folds,
+            "head": row.head,
+            "options": dict(row.options),
+            "loss": comparison.loss_of(row),
+        }
     )
 
 

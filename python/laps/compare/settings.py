@@ -138,6 +138,11 @@ class Comparison:
         for name in OURS:
             if name in self.train:
                 raise _wrong(f"train has {name}", "an option of the command", self.train[name])
+        if self.folds is not None:
+            _check.count(OPERATION, "folds", self.folds, 2)
+        unknown = sorted(set(self.published) - {"all", "folds", "backbone"})
+        if unknown or not all(isinstance(value, str) for value in self.published.values()):
+            raise _wrong("published", "all, folds and backbone, as strings", dict(self.published))
         self.train_config(0)
 
     def loss_of(self, row: Row) -> dict[str, Any]:

@@ -199,7 +199,8 @@ class Table:
 
     def _cells(self, line: Line, lines: Sequence[Line], opening: str, closing: str) -> list[str]:
         """A line's texts; published figures are no candidates for the best."""
-        texts = [line.name]
+        # A bar would end the cell in Markdown.
+        texts = [line.name.replace("|", "/")]
         for column in self.columns:
             cell = line.cells.get(column)
             best = max((each.cells[column].mean for each in lines if each.seeds), default=None)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import _check
 from .._precision import wide
+from ..errors import LapsValueError
 from ..features import ImageFeatures, Span, TextFeatures
 from .base import SimilarityHead, mean_of_words
 
@@ -18,13 +19,15 @@ __all__ = ["PairHead", "Pairs", "unit"]
 
 # Bytes that the pairs of a block may take, unless a head is told otherwise.
 CHUNK = 256 * 2**20
-# Of a norm: the root has no gradient at zero.
+# A vector shorter than this counts as zero: its direction is noise, and the gradient of it would be huge.
 EPS = 1e-8
 
 
 def unit(x: Tensor) -> Tensor:
-    """l2-normalised over the last axis; zero stays zero, with a finite gradient."""
-    return x / (x.square().sum(-1, keepdim=True) + EPS**2).sqrt()
+    """l2-normalised over the last axis; zero stays zero, with zero gradient."""
+    squares = x.square().sum(-1, keepdim=True)
+    zero = squares <= EPS**2
+    return x * squares.masked_fill(zero, 1).rsqrt().masked_fill(zero, 0)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,8 @@ class PairHead(SimilarityHead):
     """A head that is written as one function of images beside captions, :meth:`pair_scores`.
 
     All pairs are scored block by block. In training the blocks are computed again in the backward pass where
-    there are several, so that what they hold is bounded too.
+    there are several, so that what they hold is bounded too. `pair_scores` therefore must not draw random
+    numbers or keep anything (dropout and batch norm belong in `encode_image` and `encode_text`).
 
     Args:
         embed_dim: C.
@@ -144,7 +148,12 @@ class PairHead(SimilarityHead):
         return scores[:, order.argsort().to(scores.device)]
 
     def similarity_pairwise(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        return self._block(Pairs(images, texts, paired=True))
+        """Scores (B,) of image i with caption i; without gradient `chunk` bytes at a time."""
+        if torch.is_grad_enabled() or not len(images):
+            return self._block(Pairs(images, texts, paired=True))
+        step = max(1, self._fitting(images, texts))
+        parts = [slice(first, first + step) for first in range(0, len(images), step)]
+        return torch.cat([self._block(Pairs(images[part], texts[part], paired=True)) for part in parts])
 
     def _block(self, pairs: Pairs) -> Tensor:
         with torch.autocast(pairs.patches.device.type, enabled=False):
@@ -152,13 +161,22 @@ class PairHead(SimilarityHead):
             texts = pairs.texts.to(dtype=wide(pairs.words).dtype)
             return self.pair_scores(Pairs(images, texts, pairs.paired))
 
-    def _steps(self, images: ImageFeatures, texts: TextFeatures) -> tuple[int, int]:
-        """Images and captions of a block."""
+    def _fitting(self, images: ImageFeatures, texts: TextFeatures) -> int:
+        """How many pairs `chunk` bytes are enough for; at least one."""
         assert images.patches is not None
         assert texts.words is not None
         size = wide(images.embedding[:0]).element_size()
         one = size * self.pair_floats(images.patches.shape[1], texts.words.shape[1])
-        fitting = max(1, self.chunk // max(one, 1))
+        return max(1, self.chunk // max(one, 1))
+
+    def _steps(self, images: ImageFeatures, texts: TextFeatures) -> tuple[int, int]:
+        """Images and captions of a block."""
+        for name, features in (("images", images), ("texts", texts)):
+            if not len(features):
+                raise LapsValueError(
+                    _check.message(type(self).__name__, f"{name} is empty", "at least one", 0)
+                )
+        fitting = self._fitting(images, texts)
         # Square blocks read least of either side.
         captions = min(len(texts), max(1, fitting // max(1, min(len(images), int(fitting**0.5)))))
         return max(1, min(len(images), fitting // captions)), captions
