@@ -18,9 +18,7 @@ import argparse
 import ctypes
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -200,17 +198,11 @@ def measure_memory_here(shape: Shape, name: str, images: int, captions: int) -> 
 
 
 def measure_memory(shape_name: str, name: str, options: argparse.Namespace) -> dict[str, int]:
-    """`measure_memory_here` in a fresh process; empty where the system cannot tell (not Linux)."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return {}
-    command = [sys.executable, "-m", "benchmarks.head", "--memory-of", name, "--shape", shape_name]
+    """`measure_memory_here` in a fresh process; empty where the system cannot tell."""
+    arguments = ["--memory-of", name, "--shape", shape_name]
     for option in ("images", "captions", "threads"):
-        command += [f"--{option}", str(getattr(options, option))]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"measuring the memory of {name} at {shape_name} failed:\n{answer.stderr}")
-    result: dict[str, int] = json.loads(answer.stdout.splitlines()[-1])
-    return result
+        arguments += [f"--{option}", str(getattr(options, option))]
+    return machine.memory_of_child("head", arguments, f"{name} at {shape_name}")
 
 
 def fits(shape: Shape, options: argparse.Namespace) -> bool:

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -167,17 +165,11 @@ def measure_memory_here(
 
 
 def measure_memory(row: str, form: str, options: argparse.Namespace) -> dict[str, int]:
-    """`measure_memory_here` in a fresh process; empty where the system cannot tell (not Linux)."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return {}
-    command = [sys.executable, "-m", "benchmarks.heads", "--memory-of", form, "--heads", row]
+    """`measure_memory_here` in a fresh process; empty where the system cannot tell."""
+    arguments = ["--memory-of", form, "--heads", row]
     for option in ("images", "captions", "threads"):
-        command += [f"--{option}", str(getattr(options, option))]
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"measuring the memory of {row}, {form}, failed:\n{answer.stderr}")
-    result: dict[str, int] = json.loads(answer.stdout.splitlines()[-1])
-    return result
+        arguments += [f"--{option}", str(getattr(options, option))]
+    return machine.memory_of_child("heads", arguments, f"{row}, {form},")
 
 
 def kept_by_autograd(scores: Scores) -> int:

@@ -9,6 +9,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,25 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def memory_of_child(module: str, arguments: Sequence[str], what: str) -> dict[str, int]:
+    """What a benchmark measures of `what` in a fresh process and prints; empty where the system cannot tell.
+
+    Args:
+        module: of this package, whose `--memory-of` prints JSON in its last line.
+        arguments: of its command line.
+        what: for messages.
+    """
+    # Not Linux.
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        return {}
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if answer.returncode:
+        raise RuntimeError(f"measuring the memory of {what} failed:\n{answer.stderr}")
+    result: dict[str, int] = json.loads(answer.stdout.splitlines()[-1])
+    return result
 
 
 def add_options(parser: argparse.ArgumentParser, name: str) -> None:

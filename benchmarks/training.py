@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -163,17 +161,9 @@ def measure_memory_here(name: str, options: argparse.Namespace) -> dict[str, int
 
 
 def measure_memory(name: str, options: argparse.Namespace) -> dict[str, int]:
-    """`measure_memory_here` in a fresh process; empty where the system cannot tell (not Linux)."""
-    if not os.access("/proc/self/clear_refs", os.W_OK):
-        return {}
-    command = [sys.executable, "-m", "benchmarks.training", "--memory-of", name]
-    command += ["--batch", str(options.batch), "--threads", str(options.threads)]
-    command += ["--quick"] if options.quick else []
-    answer = subprocess.run(command, capture_output=True, text=True, cwd=machine.ROOT, check=False)
-    if answer.returncode:
-        raise RuntimeError(f"measuring the memory of {name} failed:\n{answer.stderr}")
-    result: dict[str, int] = json.loads(answer.stdout.splitlines()[-1])
-    return result
+    """`measure_memory_here` in a fresh process; empty where the system cannot tell."""
+    arguments = ["--memory-of", name, "--batch", str(options.batch), "--threads", str(options.threads)]
+    return machine.memory_of_child("training", arguments + ["--quick"] * options.quick, name)
 
 
 # ---- time

@@ -75,6 +75,8 @@ class _Data:
     train: RetrievalData
     dev: RetrievalData
     test: RetrievalData
+    # What tells their contents apart, wherever the files are; to hash them takes a while.
+    described: list[dict[str, Any]]
 
 
 def run(
@@ -110,7 +112,11 @@ def run(
     names = [row.name for row in comparison.rows]
     wanted = names if rows is None else [_check.choice(OPERATION, "rows", name, names) for name in rows]
     _check_rows(comparison)
-    data = {seed: _data(comparison, seed, options) for seed in comparison.seeds}
+    if comparison.scenes is None:
+        # One set for all seeds.
+        data = dict.fromkeys(comparison.seeds, _data(comparison, comparison.seeds[0], options))
+    else:
+        data = {seed: _data(comparison, seed, options) for seed in comparison.seeds}
     _results(comparison, data, options)
     for seed in comparison.seeds:
         for row in comparison.rows:
@@ -279,7 +285,8 @@ def _data(comparison: Comparison, seed: int, options: _Run) -> _Data:
         )
     assert source is not None
     read = partial(load, source, images=images)
-    data = _Data(read("train"), read("dev"), read("test"))
+    train, dev, test = (read(name) for name in ("train", "dev", "test"))
+    data = _Data(train, dev, test, [describe_data(part) for part in (train, dev, test)])
     if comparison.folds is not None and comparison.folds > data.test.num_images:
         raise LapsValueError(
             _check.message(
@@ -324,8 +331,7 @@ def _shared(comparison: Comparison, data: _Data) -> dict[str, Any]:
         "model": comparison.model,
         "train": {name: value for name, value in train.items() if name not in FREE_ON_RESUME},
         "start": comparison.start and asdict(comparison.start),
-        # Contents, wherever the files are.
-        "data": [describe_data(part) for part in (data.train, data.dev, data.test)],
+        "data": data.described,
     }
 
 

@@ -61,6 +61,13 @@ class SimilarityHead(nn.Module, ABC):
     num_patches: int
     num_prefix_tokens: int
 
+    def set_sizes(self, embed_dim: int, num_patches: int, num_prefix_tokens: int) -> None:
+        """Keep C, N and P. Raises LapsValueError, LapsTypeError: one out of its range."""
+        name = type(self).__name__
+        self.embed_dim = _check.count(name, "embed_dim", embed_dim)
+        self.num_patches = _check.count(name, "num_patches", num_patches)
+        self.num_prefix_tokens = _check.count(name, "num_prefix_tokens", num_prefix_tokens, 0)
+
     @property
     def max_score(self) -> float:
         """The bound of the scores, which the loss "triplet" turns into distances; 1 for cosines."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _check
 from .._precision import wide
 from ..features import ImageFeatures, TextFeatures
 from .base import SimilarityHead
@@ -24,10 +23,7 @@ class EmbeddingHead(SimilarityHead):
 
     def __init__(self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1) -> None:
         super().__init__()
-        name = type(self).__name__
-        self.embed_dim = _check.count(name, "embed_dim", embed_dim)
-        self.num_patches = _check.count(name, "num_patches", num_patches)
-        self.num_prefix_tokens = _check.count(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        self.set_sizes(embed_dim, num_patches, num_prefix_tokens)
 
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         with torch.autocast(images.embedding.device.type, enabled=False):

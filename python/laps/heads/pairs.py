@@ -101,10 +101,7 @@ class PairHead(SimilarityHead):
 
     def __init__(self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1) -> None:
         super().__init__()
-        name = type(self).__name__
-        self.embed_dim = _check.count(name, "embed_dim", embed_dim)
-        self.num_patches = _check.count(name, "num_patches", num_patches)
-        self.num_prefix_tokens = _check.count(name, "num_prefix_tokens", num_prefix_tokens, 0)
+        self.set_sizes(embed_dim, num_patches, num_prefix_tokens)
 
     @abstractmethod
     def pair_scores(self, pairs: Pairs) -> Tensor:
