@@ -305,6 +305,11 @@ def test_wrong_arguments_are_refused(data: RetrievalData, tokenizer: CaptionToke
         CaptionDataset(data, tokenizer, TRANSFORM, on_error="ignore")
     with pytest.raises(LapsValueError, match="augment is out of range"):
         CaptionDataset(data, tokenizer, TRANSFORM, augment=1.2)
+    for transform in (TRANSFORM.eval(), None):
+        with pytest.raises(LapsTypeError, match="CaptionDataset: transform is none"):
+            CaptionDataset(data, tokenizer, transform)  # type: ignore[arg-type]
+        with pytest.raises(LapsTypeError, match="ImageDataset: transform is none"):
+            ImageDataset(data, transform)  # type: ignore[arg-type]
     with pytest.raises(LapsTypeError, match="seed is no integer"):
         CaptionDataset(data, tokenizer, TRANSFORM, seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(LapsValueError, match="epoch is out of range"):

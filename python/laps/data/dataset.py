@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import _check
-from ..errors import LapsValueError
+from ..errors import LapsTypeError, LapsValueError
 from .records import RetrievalData
 from .regions import RegionTransform
 from .tokenizer import CaptionTokenizer
@@ -83,6 +83,15 @@ class _Images:
     """Opens images by index; what happens to an unreadable one is the caller's choice."""
 
     def __init__(self, operation: str, paths: Sequence[Path], transform: Transform, on_error: str) -> None:
+        if not isinstance(transform, (ImageTransform, RegionTransform)):
+            raise LapsTypeError(
+                _check.message(
+                    operation,
+                    "transform is none of laps.data",
+                    "an ImageTransform or a RegionTransform",
+                    _check.name_of(transform),
+                )
+            )
         self.paths, self._open = paths, transform.open
         self.skip = _check.choice(operation, "on_error", on_error, ON_ERROR) == "skip"
         # Shared: all workers together warn once per path.
@@ -158,8 +167,8 @@ class CaptionDataset(Dataset[Example | None]):
                     operation, "the tokenizer has no mask token", "augment=0", f"augment={augment:g}"
                 )
             )
-        self._to_pixels = transform.train() if train else transform.eval()
         self._images = _Images(operation, data.image_paths, transform, on_error)
+        self._to_pixels = transform.train() if train else transform.eval()
         self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
