@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import laps
+import laps.heads.pairs
 import pytest
 import torch
 from laps import LapsTypeError, LapsValueError
 from laps.features import ImageFeatures, TextFeatures
-from laps.heads import GlobalHead, SimilarityHead, build_head, head_names, register_head
+from laps.heads import GlobalHead, PairHead, Pairs, SimilarityHead, build_head, head_names, register_head
+from laps.heads.layers import Linear
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,6 +218,65 @@ def test_blocks_of_any_size_give_the_same_scores_and_gradients(name: str, option
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+def without_dropout(head: SimilarityHead) -> SimilarityHead:
+    for module in head.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(module, torch.nn.MultiheadAttention):
+            module.dropout = 0.0
+    return head
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_weights_and_tokens_score_as_in_float32(
+    name: str, options: dict[str, Any], dtype: torch.dtype, training: bool, autocast: bool
+) -> None:
+    torch.manual_seed(0)
+    half, full = (
+        without_dropout(build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options))
+        for _ in range(2)
+    )
+    half.to(dtype).train(training)
+    full.load_state_dict(half.state_dict())
+    full.train(training)
+    images, words, lengths = tokens()
+    images, words, lengths = images.to(dtype).requires_grad_(), words[:3].to(dtype), lengths[:3]
+    # Of a sampled selection.
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=dtype, enabled=autocast):
+        found = half.training_scores(images, words, lengths)
+    torch.manual_seed(1)
+    expected = full.training_scores(images.detach().float(), words.float(), lengths)
+
+    pairs = zip([found.scores, *found.loss_scores], [expected.scores, *expected.loss_scores], strict=True)
+    for one, other in pairs:
+        assert one.dtype == torch.float32
+        # Each side alone may be encoded in half precision; bfloat16 has three digits.
+        torch.testing.assert_close(one, other, rtol=0, atol=0.01)
+    total = found.scores.sum()
+    (total if found.penalty is None else total + found.penalty).backward()
+    for parameter in half.parameters():
+        assert parameter.dtype == dtype
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    for one, other in zip(half.buffers(), full.buffers(), strict=True):
+        torch.testing.assert_close(one.to(other.dtype), other, rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "options"), VARIANTS)
+def test_no_pair_scores_above_the_highest_score(name: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    head = build_head(name, embed_dim=C, num_patches=N, num_prefix_tokens=P, **options).eval()
+    images, words, lengths = tokens()
+    # What all patches and words are alike in scores highest.
+    for spread in (1.0, 0.1, 0.0):
+        texts = head.encode_text(images[0, 0] + spread * words, lengths)
+        found = head.similarity(head.encode_image(images[0, 0] + spread * images), texts)
+        assert float(found.detach().max()) <= head.max_score + 1e-5
+
+
 @pytest.mark.parametrize(("name", "options"), EXPLAINING)
 @pytest.mark.parametrize("masked", [False, True])
 def test_shares_sum_to_the_score(name: str, options: dict[str, Any], masked: bool) -> None:
@@ -253,3 +314,57 @@ def test_what_is_not_finite_spoils_its_own_pairs_only(name: str, options: dict[s
     spoilt[1], spoilt[:, 2] = True, True
     assert found[spoilt].isnan().all()
     torch.testing.assert_close(found[~spoilt], expected[~spoilt])
+
+
+class Dropped(PairHead):
+    """A head that draws random numbers for every pair."""
+
+    def __init__(self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1) -> None:
+        super().__init__(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens)
+        self.weigh = Linear(embed_dim, embed_dim)
+
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    def pair_scores(self, pairs: Pairs) -> Tensor:
+        cosines = pairs.products(self.weigh(pairs.patches), pairs.words)
+        return torch.nn.functional.dropout(cosines, 0.5).square().sum((-2, -1))
+
+
+def test_what_a_head_draws_for_pairs_is_drawn_again_in_the_backward_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    head = Dropped(C, N, num_prefix_tokens=P).to(device)
+    head.chunk = 1
+    images, words, lengths = tokens()
+    images, words = images.to(device).requires_grad_(), words.to(device)
+    found = []
+    for recompute in (True, False):
+        if not recompute:
+            monkeypatch.setattr(laps.heads.pairs, "checkpoint", lambda block, *x, **_: block(*x))
+        torch.manual_seed(1)
+        scores = head.training_scores(images, words, lengths).scores
+        torch.rand(5, device=device)  # The generator has moved on when the backward pass begins.
+        found.append([scores, *torch.autograd.grad(scores.sum(), [images, *head.parameters()])])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_torch_is_told_the_device_whose_random_state_a_block_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a GPU: torch keeps the states of the devices of those tensors that are arguments themselves.
+    told: list[Any] = []
+
+    def checkpoint(block: Any, *given: Any, **options: Any) -> Tensor:
+        assert options.get("preserve_rng_state", True)
+        told.append([x.device for x in given if isinstance(x, Tensor)])
+        result: Tensor = block(*given)
+        return result
+
+    monkeypatch.setattr(laps.heads.pairs, "checkpoint", checkpoint)
+    head = Dropped(C, N, num_prefix_tokens=P)
+    head.chunk = 1
+    images, words, lengths = tokens()
+    head.training_scores(images, words, lengths)
+    assert told == [[images.device]] * 12

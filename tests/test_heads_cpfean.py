@@ -361,9 +361,56 @@ def test_the_log_has_the_gates_of_matching_pairs_and_of_the_hardest_others() -> 
         assert not result.log[name].requires_grad
 
 
-def test_what_has_no_negatives_or_no_fusion_logs_no_gates_of_them() -> None:
+def mean_gate(head: CPFEANHead, image: Tensor, caption: Tensor) -> Tensor:
+    regions = plain_regions(image[head.num_prefix_tokens :], head)
+    return torch.stack([g for g, _ in plain_gates(regions, plain_words(caption, head), head)]).mean().detach()
+
+
+def test_no_caption_of_the_same_image_is_a_negative() -> None:
+    head = made(5)
+    images, words, lengths = (x[:3] for x in example(5, 0))
+    blind = head.training_scores(images, words, lengths)
+    scores = blind.scores.detach()
+    # The caption that image 0 likes best beside its own shows image 0 as well.
+    sibling = 1 + int(scores[0, 1:].argmax())
+    other = 3 - sibling
+    ids = torch.full((3,), 7)
+    ids[other] = 4
+    result = head.training_scores(images, words, lengths, image_ids=ids)
+
+    hardest = [other, other, other]
+    hardest[other] = 0 if scores[other, 0] > scores[other, sibling] else sibling
+    expected = [mean_gate(head, images[i], words[t, : LENGTHS[t]]) for i, t in enumerate(hardest)]
+    torch.testing.assert_close(result.log["gate_negative"], torch.stack(expected).mean())
+    assert not torch.allclose(blind.log["gate_negative"], result.log["gate_negative"], atol=1e-4)
+    assert torch.equal(blind.log["gate_positive"], result.log["gate_positive"])
+    assert torch.equal(blind.scores, result.scores)
+
+
+def test_an_image_without_negatives_is_left_out_of_the_mean_gate() -> None:
+    head = made(5)
     images, words, lengths = example(5, 0)
-    assert set(made(5).training_scores(images, words[:1], lengths[:1]).log) == {"gate_positive"}
+
+    def log(captions: int, **ids: Any) -> Any:
+        return head.training_scores(images, words[:captions], lengths[:captions], **ids).log
+
+    alone = log(3, image_ids=torch.tensor([4, 4, 4]))
+    assert alone["gate_negative"] == 0
+    torch.testing.assert_close(alone["gate_positive"], log(3)["gate_positive"])
+    # Of one caption image 0 has no other.
+    expected = torch.stack([mean_gate(head, images[i], words[0, : LENGTHS[0]]) for i in (1, 2)]).mean()
+    torch.testing.assert_close(log(1)["gate_negative"], expected)
+
+
+@pytest.mark.parametrize(("captions", "ids"), [(3, [1, 2]), (4, [1, 2, 3]), (4, [1, 2, 3, 4])])
+def test_ids_of_other_numbers_of_images_or_captions_are_refused(captions: int, ids: list[int]) -> None:
+    images, words, lengths = example(5, 0)
+    with pytest.raises(LapsValueError, match=r"image_ids does not fit .expected shape .[34],"):
+        made(5).training_scores(images, words[:captions], lengths[:captions], image_ids=torch.tensor(ids))
+
+
+def test_without_fusion_no_gates_are_logged() -> None:
+    images, words, lengths = example(5, 0)
     assert not made(5, fusion=False).training_scores(images, words, lengths).log
 
 

@@ -111,3 +111,15 @@ def test_what_is_no_flag_is_refused_and_nothing_is_explained() -> None:
     images, words, lengths = (x[:1] for x in example(6, 1))
     with pytest.raises(LapsValueError, match='"gpo" tells nothing'):
         head.explain(head.encode_image(images.float()), head.encode_text(words.float(), lengths))
+
+
+def test_half_weights_tell_many_positions_apart() -> None:
+    torch.manual_seed(0)
+    half = GeneralizedPooling().bfloat16()
+    full = GeneralizedPooling()
+    full.load_state_dict(half.state_dict())
+    sizes = torch.tensor([600])
+    found, expected = half.weights(sizes), full.weights(sizes)
+    assert found.dtype == torch.float32
+    # Two digits: the GRU itself is in bfloat16.
+    torch.testing.assert_close(found, expected, rtol=0.1, atol=0)

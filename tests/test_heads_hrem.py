@@ -195,6 +195,41 @@ def test_the_interaction_begins_after_so_many_training_steps_also_of_a_resumed_r
     assert int(resumed.steps) == 3
 
 
+class Reads(TorchDispatchMode):
+    """Counts how often a number of `tensor` is taken to the CPU, for which the CPU waits."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor, self.count = tensor, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].data_ptr() == self.tensor.data_ptr()
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_count_of_steps_is_read_from_the_device_once_not_at_each_step() -> None:
+    head = make(interaction_start=3)
+    with Reads(head.steps) as reads:
+        kinds = [len(step(head).loss_scores) for _ in range(5)]
+    assert kinds == [0, 0, 0, 4, 4]
+    assert reads.count <= 1
+    assert int(head.steps) == 5
+
+
+def test_a_state_that_is_loaded_between_steps_sets_the_count() -> None:
+    head, later = make(interaction_start=3), make(interaction_start=3)
+    for _ in range(3):
+        step(later)
+    assert len(step(head).loss_scores) == 0
+    # As a part of a module, as in a model.
+    nn.ModuleList([head]).load_state_dict(nn.ModuleList([later]).state_dict())
+    assert len(step(head).loss_scores) == 4
+    assert int(head.steps) == 4
+    head.load_state_dict(make(interaction_start=3).state_dict())
+    assert len(step(head).loss_scores) == 0
+
+
 @pytest.mark.parametrize("start", [0, 8000])
 def test_the_loss_reaches_every_parameter_before_and_after(start: int) -> None:
     model = tiny_laps(head="hrem", interaction_start=start).train()
@@ -212,6 +247,7 @@ def test_the_loss_reaches_every_parameter_before_and_after(start: int) -> None:
 def test_the_loss_is_the_authors() -> None:
     options = tiny_laps(head="hrem").objective.options()
     assert (options["name"], options["margin"], options["max_score"]) == ("triplet", 0.2, 1.0)
+    assert options["cutoff"] == 1.7
 
 
 def test_autocast_and_half_tokens_score_in_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import laps.heads.scan
@@ -77,9 +78,41 @@ def test_temperatures_loss_and_direction_are_the_authors() -> None:
         "lambda_softmax_i2t": 4.0,
         "lambda_lse_t2i": 6.0,
         "lambda_lse_i2t": 5.0,
+        "max_words": 64,
     }
     objective = tiny_laps(head="scan").objective.options()
     assert (objective["name"], objective["margin"]) == ("hinge", 0.2)
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+@pytest.mark.parametrize("scale", [1.0, 6.0, 20.0])
+def test_the_highest_log_sum_exp_is_that_of_equal_vectors(direction: str, scale: float) -> None:
+    head = build_head(
+        "scan",
+        embed_dim=CHANNELS,
+        num_patches=5,
+        num_prefix_tokens=0,
+        direction=direction,
+        pooling="lse",
+        lambda_lse_t2i=scale,
+        lambda_lse_i2t=scale,
+        max_words=11,
+    )
+    generator = torch.Generator().manual_seed(0)
+    images, words = (torch.randn(4, n, CHANNELS, generator=generator) for n in (5, 11))
+    images[0], words[0] = images[0, 0], images[0, 0]
+    scores = head.training_scores(images, words, torch.tensor([11, 7, 1, 11])).scores
+
+    expected = {"t2i": 1 + math.log(11) / scale, "i2t": 1 + math.log(5) / scale}
+    expected["both"] = sum(expected.values()) / 2
+    assert head.max_score == pytest.approx(expected[direction])
+    assert float(scores[0, 0]) == pytest.approx(head.max_score, abs=1e-5)
+    assert float(scores.max()) <= head.max_score + 1e-5
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
+def test_the_highest_mean_is_one(direction: str) -> None:
+    assert build_head("scan", embed_dim=CHANNELS, num_patches=5, direction=direction).max_score == 1.0
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t", "both"])
@@ -221,6 +254,8 @@ def test_options_out_of_range_are_named(option: str) -> None:
         build_head("scan", embed_dim=CHANNELS, num_patches=4, **{f"lambda_{option}": 0.0})
     with pytest.raises(LapsTypeError, match=f"lambda_{option} is no number"):
         build_head("scan", embed_dim=CHANNELS, num_patches=4, **{f"lambda_{option}": "9"})
+    with pytest.raises(LapsValueError, match="max_words"):
+        build_head("scan", embed_dim=CHANNELS, num_patches=4, max_words=0)
     with pytest.raises(LapsValueError, match="direction is unknown"):
         build_head("scan", embed_dim=CHANNELS, num_patches=4, direction="t2t")
     assert laps.heads.scan.SCANHead.name == "scan"

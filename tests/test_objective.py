@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import laps
+import laps.compare
 import pytest
 import torch
 from laps import LapsValueError, losses
@@ -49,6 +52,30 @@ def test_triplet_turns_scores_into_distances_by_their_bound() -> None:
     assert not torch.equal(ours, other)
 
 
+def test_triplet_draws_no_negatives_beyond_its_cutoff() -> None:
+    # At distances of 1.8: beyond the cutoff of Flickr30K, within that of COCO.
+    scores = torch.eye(4) + (1 - 1.8**2 / 2) * (1 - torch.eye(4))
+    ids, near = torch.arange(4), Objective("triplet", margin=2.0, max_score=1.0)
+    far = Objective("triplet", margin=2.0, max_score=1.0, cutoff=1.9)
+
+    assert near.cutoff == 1.7
+    assert near(scores, ids)[0] == 0
+    torch.testing.assert_close(far(scores, ids)[0], 8 * (2 - torch.tensor(1.8**2 / 2)))
+
+
+def test_a_comparison_may_set_the_cutoff(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    row = "{name: HREM, head: hrem, options: {num_heads: 2}, loss: {name: triplet, cutoff: 1.9}}"
+    file.write_text(f"title: COCO\nscenes: {{}}\nrows:\n  - {row}\n")
+    comparison = laps.compare.read(file)
+    head = laps.heads.build_head("hrem", embed_dim=8, num_patches=4, num_heads=2)
+    objective = Objective.for_head(head, comparison.loss_of(comparison.rows[0]))
+    assert (objective.name, objective.margin, objective.cutoff) == ("triplet", 0.2, 1.9)
+    file.write_text(file.read_text().replace("1.9", "2.1"))
+    with pytest.raises(LapsValueError, match="cutoff is out of range"):
+        laps.compare.read(file)
+
+
 def test_the_ratio_loss_is_added_with_its_weight_and_not_scaled_by_the_warm_up() -> None:
     kept = torch.full((5, 5), 0.7)
     objective = Objective(ratio_weight=3.0)
@@ -86,7 +113,11 @@ def test_a_batch_of_one_image_or_one_pair_has_a_finite_loss(name: str) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"name": "triplet", "margin": 0.3}, {"name": "info_nce", "temperature": 0.2, "ratio_weight": 0.0}],
+    [
+        {},
+        {"name": "triplet", "margin": 0.3, "cutoff": 1.9},
+        {"name": "info_nce", "temperature": 0.2, "ratio_weight": 0.0},
+    ],
 )
 def test_an_objective_built_from_its_own_options_is_the_same(options: dict[str, Any]) -> None:
     objective = Objective(**options)
@@ -112,6 +143,9 @@ def test_an_objective_built_from_its_own_options_is_the_same(options: dict[str, 
         ),
         ({"temperature": 0.07}, '"hinge" has no temperature'),
         ({"name": "triplet", "temperature": 0.07}, '"triplet" has no temperature'),
+        ({"cutoff": 1.9}, '"hinge" has no cutoff'),
+        ({"name": "info_nce", "cutoff": 1.9}, '"info_nce" has no cutoff'),
+        ({"name": "triplet", "cutoff": 0.0}, "cutoff is out of range"),
         ({"ratio_weight": -1.0}, "ratio_weight"),
     ],
 )

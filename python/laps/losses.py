@@ -28,6 +28,8 @@ __all__ = ["InfoNCELoss", "distance_weighted_triplet_loss", "hinge_loss", "info_
 
 Ids = Tensor | np.ndarray[Any, Any] | Sequence[int]
 REDUCTIONS = ("sum", "mean")
+# Of the distance-weighted triplets: how far a negative may be, in HREM on Flickr30K.
+CUTOFF = 1.7
 
 
 # ---- who belongs to whom
@@ -191,7 +193,7 @@ def distance_weighted_triplet_loss(
     max_score: float = 2.0,
     dim: int = 512,
     min_distance: float = 0.5,
-    cutoff: float = 1.7,
+    cutoff: float = CUTOFF,
     reduction: str = "sum",
     generator: torch.Generator | None = None,
 ) -> Tensor:

@@ -28,6 +28,8 @@ class Objective(nn.Module):
             sampling) or ``"info_nce"`` (learnable temperature).
         margin: of hinge and triplet, >= 0; None for 0.2. InfoNCE has none.
         temperature: the initial one of InfoNCE, > 0; None for 0.07. The others have none.
+        cutoff: of triplet: negatives so far away are never drawn, in (0, 2]; None for 1.7, which HREM takes
+            for Flickr30K (1.9 for COCO). The others have none.
         ratio_weight: weight of the ratio loss (paper variant), >= 0.
         max_score: the bound of the scores, which "triplet" turns into distances: 2 for LAPS (the sum of two
             directions), 1 for cosines.
@@ -51,6 +53,7 @@ class Objective(nn.Module):
         *,
         margin: float | None = None,
         temperature: float | None = None,
+        cutoff: float | None = None,
         ratio_weight: float = 1.0,
         max_score: float = 2.0,
     ) -> None:
@@ -60,6 +63,7 @@ class Objective(nn.Module):
         for argument, value, known in (
             ("margin", margin, not contrastive),
             ("temperature", temperature, contrastive),
+            ("cutoff", cutoff, name == "triplet"),
         ):
             if value is not None and not known:
                 raise LapsValueError(
@@ -74,6 +78,9 @@ class Objective(nn.Module):
             TEMPERATURE if temperature is None else temperature,
             0.0,
             open_low=True,
+        )
+        self.cutoff = _check.number(
+            "Objective", "cutoff", losses.CUTOFF if cutoff is None else cutoff, 0.0, 2.0, open_low=True
         )
         self.ratio_weight = _check.number("Objective", "ratio_weight", ratio_weight, 0.0)
         self.max_score = _check.number("Objective", "max_score", max_score, 0.0, open_low=True)
@@ -102,6 +109,8 @@ class Objective(nn.Module):
     def options(self) -> dict[str, Any]:
         """The keyword arguments that would build this objective again."""
         own = {"temperature": self.initial_temperature} if self.info_nce else {"margin": self.margin}
+        if self.name == "triplet":
+            own["cutoff"] = self.cutoff
         return {
             "name": self.name,
             **own,
@@ -157,7 +166,7 @@ class Objective(nn.Module):
             return losses.hinge_loss(scores, image_ids, image_ids, self.margin, hardest=hardest)
         if self.name == "triplet":
             return losses.distance_weighted_triplet_loss(
-                scores, image_ids, image_ids, self.margin, max_score=self.max_score
+                scores, image_ids, image_ids, self.margin, max_score=self.max_score, cutoff=self.cutoff
             )
         assert self.info_nce is not None
         loss: Tensor = self.info_nce(scores, image_ids, image_ids)

@@ -51,11 +51,14 @@ class SimilarityHead(nn.Module, ABC):
         name: what it is found by; :func:`register_head` sets it.
         uses_boxes: whether `encode_image` and `training_scores` take ``boxes``, (B_v, N, 4) as x0, y0, x1, y1
             in [0, 1], where the image encoder knows where its tokens are (regions).
+        uses_image_ids: whether `training_scores` takes ``image_ids``, (B,) integers: which image the data
+            row i shows.
         default_loss: keyword arguments of :class:`laps.objective.Objective`, as its authors train it.
     """
 
     name: ClassVar[str] = ""
     uses_boxes: ClassVar[bool] = False
+    uses_image_ids: ClassVar[bool] = False
     default_loss: ClassVar[Mapping[str, Any]] = {}
     embed_dim: int
     num_patches: int
@@ -70,7 +73,7 @@ class SimilarityHead(nn.Module, ABC):
 
     @property
     def max_score(self) -> float:
-        """The bound of the scores, which the loss "triplet" turns into distances; 1 for cosines."""
+        """The highest score of a pair, at which the loss "triplet" takes both for one; 1 for cosines."""
         return 1.0
 
     @abstractmethod

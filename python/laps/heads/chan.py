@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -32,6 +33,7 @@ class CHANHead(PairHead):
         pooling: ``"mean"`` of the words, as with BERT, or ``"lse"``: log sum_j exp(R_j / temperature), as
             with a GRU.
         temperature: of ``"lse"``, > 0.
+        max_words: of ``"lse"``: the words of the longest caption, as `max_score` reckons.
 
     Raises:
         LapsValueError, LapsTypeError: an argument out of its range.
@@ -57,13 +59,20 @@ class CHANHead(PairHead):
         num_prefix_tokens: int = 1,
         pooling: str = "mean",
         temperature: float = 0.1,
+        max_words: int = 64,
     ) -> None:
         super().__init__(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens)
         self.pooling = _check.choice("CHANHead", "pooling", pooling, POOLINGS)
         self.temperature = _check.number("CHANHead", "temperature", temperature, 0.0, open_low=True)
+        self.max_words = _check.count("CHANHead", "max_words", max_words)
+
+    @property
+    def max_score(self) -> float:
+        """1 of ``"mean"``; of ``"lse"`` 1 / temperature + log(max_words), the score where all R are 1."""
+        return 1.0 if self.pooling == "mean" else 1 / self.temperature + math.log(self.max_words)
 
     def options(self) -> dict[str, Any]:
-        return {"pooling": self.pooling, "temperature": self.temperature}
+        return {"pooling": self.pooling, "temperature": self.temperature, "max_words": self.max_words}
 
     def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         if self.pooling == "lse":

@@ -128,6 +128,7 @@ class CPFEANHead(PairHead):
     """
 
     uses_boxes: ClassVar[bool] = True
+    uses_image_ids: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "hinge", "margin": 0.2}
 
     def __init__(
@@ -228,14 +229,30 @@ class CPFEANHead(PairHead):
         word_tokens: Tensor,
         word_lengths: Tensor,
         boxes: Tensor | None = None,
+        image_ids: Tensor | None = None,
     ) -> TrainingScores:
-        """Scores (B_v, B_t); the log has the mean gates of matching pairs (the diagonal) and of each image
-        beside the other caption that it likes best, "gate_positive" and "gate_negative", if there is fusion.
+        """Scores (B_v, B_t), and for the log, if there is fusion, two mean gates.
+
+        "gate_positive" is that of matching pairs, the diagonal; "gate_negative" that of each image beside the
+        caption of another image that it likes best. An image without such a caption is left out of the mean,
+        which is 0 if there is none left.
+
+        Args:
+            image_tokens: (B_v, P + N, C), prefix first.
+            word_tokens: (B_t, L, C).
+            word_lengths: (B_t,).
+            boxes: see :meth:`encode_image`.
+            image_ids: (B,) integers, which image row i and caption i belong to; None: each to one of its own.
+
+        Raises:
+            LapsValueError: `image_ids` of another shape, or of unequal numbers of images and captions.
         """
         images = self.encode_image(image_tokens, boxes)
         texts = self.encode_text(word_tokens, word_lengths)
         scores = self.similarity(images, texts)
-        log = self._mean_gates(scores.detach(), images.detach(), texts.detach()) if self.fusion else {}
+        log = {}
+        if self.fusion:
+            log = self._mean_gates(scores.detach(), images.detach(), texts.detach(), image_ids)
         return TrainingScores(scores, log=log)
 
     # ---- pairs
@@ -338,25 +355,45 @@ class CPFEANHead(PairHead):
         return products / lengths[..., None], lengths
 
     @torch.no_grad()
-    def _mean_gates(self, scores: Tensor, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
-        """For the log; a batch of one caption has no negatives."""
+    def _mean_gates(
+        self, scores: Tensor, images: ImageFeatures, texts: TextFeatures, image_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """For the log; see :meth:`training_scores`."""
+        own = same_image(scores, image_ids)
 
-        def mean_gate(count: int, captions: Tensor) -> Tensor:
+        def mean_gates(count: int, captions: Tensor) -> Tensor:
             assert texts.words is not None
             # Indexed where they lie: the CPU need not wait for the scores.
             lengths = texts.lengths.to(captions.device)[captions]
             chosen = TextFeatures(texts.embedding[captions], lengths, texts.words[captions])
             pairs = Pairs(images[:count], chosen, paired=True)
             with torch.autocast(scores.device.type, enabled=False):
-                return self._gate(pairs.products(pairs.patches, pairs.words), pairs.real)[0].mean()
+                return self._gate(pairs.products(pairs.patches, pairs.words), pairs.real)[0].mean(-1)
 
         count = min(scores.shape)
-        matching = torch.arange(count, device=scores.device)
-        log = {"gate_positive": mean_gate(count, matching)}
-        if scores.shape[1] > 1:
-            others = scores.clone().fill_diagonal_(-torch.inf)
-            log["gate_negative"] = mean_gate(len(scores), others.argmax(1))
-        return log
+        positive = mean_gates(count, torch.arange(count, device=scores.device))
+        counted = ~own.all(1)
+        negative = mean_gates(len(scores), scores.masked_fill(own, -torch.inf).argmax(1))
+        total = negative.masked_fill(~counted, 0).sum() / counted.sum().clamp(min=1)
+        return {"gate_positive": positive.mean(), "gate_negative": total}
+
+
+def same_image(scores: Tensor, image_ids: Tensor | None) -> Tensor:
+    """(B_v, B_t) bool: whether a caption is one of the image of that row; without ids the diagonal."""
+    if image_ids is None:
+        return torch.eye(*scores.shape, dtype=torch.bool, device=scores.device)
+    for axis in (0, 1):
+        if tuple(image_ids.shape) != (scores.shape[axis],):
+            raise LapsValueError(
+                _check.message(
+                    "CPFEANHead.training_scores",
+                    "image_ids does not fit",
+                    f"shape ({scores.shape[axis]},), as many as images and as captions",
+                    tuple(image_ids.shape),
+                )
+            )
+    ids = image_ids.to(scores.device)
+    return ids[:, None] == ids
 
 
 def mixture(pairs: Pairs, shares: Tensor, patches: Tensor) -> Tensor:

@@ -41,14 +41,15 @@ class GeneralizedPooling(nn.Module):
         """Sizes (B,), int64 on the CPU, to theta (B, K) of the largest size K; zero past each size."""
         # Many sets share a size, and the GRU takes its steps one after the other: once for each size.
         distinct, place = torch.unique(sizes, return_inverse=True)
-        positions = _positions(int(distinct[-1]), self.linear.weight)
+        # Half precision has no whole numbers above 256 (bfloat16), so only their encodings are rounded.
+        positions = _positions(int(distinct[-1]), wide(self.linear.weight)).to(self.linear.weight.dtype)
         # cuDNN differentiates a GRU in training mode only; without dropout both modes are the same.
         self.gru.train()
         packed = pack_padded_sequence(
             positions.expand(len(distinct), -1, -1), distinct, batch_first=True, enforce_sorted=False
         )
         states, _ = pad_packed_sequence(self.gru(packed)[0], batch_first=True)
-        z = self.linear((states[..., :HIDDEN] + states[..., HIDDEN:]) / 2)[..., 0]
+        z = wide(self.linear((states[..., :HIDDEN] + states[..., HIDDEN:]) / 2))[..., 0]
         theta: Tensor = (z / TEMPERATURE).masked_fill(~_real(distinct, z), -torch.inf).softmax(-1)
         return theta[place.to(theta.device)]
 

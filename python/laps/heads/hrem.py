@@ -14,6 +14,7 @@ from ..errors import LapsValueError
 from ..features import ImageFeatures, Span, TextFeatures
 from .base import TrainingScores, mean_of_words, register_head
 from .embedding import EmbeddingHead
+from .layers import Linear
 from .pairs import unit
 
 __all__ = ["HREMHead", "RelationInteraction", "RelationPooling"]
@@ -36,6 +37,8 @@ class HREMHead(EmbeddingHead):
     `interaction_start` batches have been seen in training mode, :class:`RelationInteraction` turns the
     embeddings of a batch into v^, t^, and the loss is that of v.t, v.t^, v^.t and v^.t^ together, plus
     10 times the regularisation of the cross relation. In eval mode there is no interaction.
+
+    On COCO its authors take `relation_weight` 1.5 and, in the loss, ``{"name": "triplet", "cutoff": 1.9}``.
 
     Args:
         embed_dim: C.
@@ -65,6 +68,8 @@ class HREMHead(EmbeddingHead):
 
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "triplet", "margin": 0.2}
     steps: Tensor
+    # `steps` as the CPU knows it without waiting for the device; None until it is read there.
+    _known_steps: int | None = None
 
     def __init__(
         self,
@@ -91,6 +96,7 @@ class HREMHead(EmbeddingHead):
         self.text_pooling = RelationPooling(self.embed_dim, self.num_heads)
         self.interaction = RelationInteraction(self.embed_dim, self.num_heads, self.relation_weight)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_forget_known_steps)  # type: ignore[no-untyped-call]
 
     def options(self) -> dict[str, Any]:
         return {
@@ -139,9 +145,18 @@ class HREMHead(EmbeddingHead):
         """Whether this batch has an interaction; counts it."""
         if not self.training:
             return False
-        interacts = int(self.steps) >= self.interaction_start
+        if self._known_steps is None:
+            self._known_steps = int(self.steps)
+        interacts = self._known_steps >= self.interaction_start
+        self._known_steps += 1
         self.steps += 1
         return interacts
+
+
+def _forget_known_steps(head: nn.Module, _: object) -> None:
+    """After a state dict is loaded the count is another."""
+    assert isinstance(head, HREMHead)
+    head._known_steps = None
 
 
 class RelationPooling(nn.Module):
@@ -235,7 +250,9 @@ class RelationInteraction(nn.Module):
         near = torch.zeros_like(relation, dtype=torch.bool)
         near.scatter_(1, relation.topk(len(v), 1).indices, True)
         mask = (self.weight * relation).masked_fill(~near, -torch.inf)
-        nodes = unit(self.layer(torch.cat([v, t])[None], src_mask=mask)[0])
+        # Embeddings are never of half precision; the layer may be.
+        nodes, mask = (x.to(self.layer.linear1.weight.dtype) for x in (torch.cat([v, t]), mask))
+        nodes = unit(self.layer(nodes[None], src_mask=mask)[0].to(v.dtype))
         return nodes[: len(v)], nodes[len(v) :], divergence
 
     def cross_relations(self, patches: Tensor, words: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,7 +277,7 @@ def _transformer_layer(embed_dim: int, num_heads: int) -> nn.TransformerEncoderL
 
 
 def _match_mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(TOP_MATCHES, TOP_MATCHES), nn.ReLU(), nn.Linear(TOP_MATCHES, 1))
+    return nn.Sequential(Linear(TOP_MATCHES, TOP_MATCHES), nn.ReLU(), Linear(TOP_MATCHES, 1))
 
 
 def _mean_and_top(matches: Tensor) -> tuple[Tensor, Tensor]:

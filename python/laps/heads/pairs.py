@@ -85,8 +85,12 @@ class PairHead(SimilarityHead):
     """A head that is written as one function of images beside captions, :meth:`pair_scores`.
 
     All pairs are scored block by block. In training the blocks are computed again in the backward pass where
-    there are several, so that what they hold is bounded too. `pair_scores` therefore must not draw random
-    numbers or keep anything (dropout and batch norm belong in `encode_image` and `encode_text`).
+    there are several, so that what they hold is bounded too. `pair_scores` therefore must not keep anything:
+    batch norm belongs in `encode_image` and `encode_text`. What it draws from torch's default generators
+    (dropout), it draws again; from any other generator it must not draw.
+
+    Its parameters may be of half precision, what `pair_scores` is given never is: make linear maps there of
+    :class:`laps.heads.layers.Linear`.
 
     Args:
         embed_dim: C.
@@ -139,7 +143,7 @@ class PairHead(SimilarityHead):
         columns: dict[int, list[Tensor]] = {}
         for number, (image, captions) in enumerate(blocks):
             pairs = Pairs(images[image : image + image_step], texts[captions])
-            scored = checkpoint(self._block, pairs, use_reentrant=False) if recompute else self._block(pairs)
+            scored = self._recomputed(pairs) if recompute else self._block(pairs)
             columns.setdefault(number // -(-len(images) // image_step), []).append(scored)
         scores = torch.cat([torch.cat(column) for column in columns.values()], dim=1)
         return scores[:, order.argsort().to(scores.device)]
@@ -151,6 +155,17 @@ class PairHead(SimilarityHead):
         step = max(1, self._fitting(images, texts))
         parts = [slice(first, first + step) for first in range(0, len(images), step)]
         return torch.cat([self._block(Pairs(images[part], texts[part], paired=True)) for part in parts])
+
+    def _recomputed(self, pairs: Pairs) -> Tensor:
+        """The same as `_block`, computed again in the backward pass."""
+
+        def block(_: Tensor) -> Tensor:
+            return self._block(pairs)
+
+        # The devices whose random state torch keeps are those of the tensors that it is given: it does not
+        # look into `pairs`.
+        scored: Tensor = checkpoint(block, pairs.patches, use_reentrant=False)
+        return scored
 
     def _block(self, pairs: Pairs) -> Tensor:
         with torch.autocast(pairs.patches.device.type, enabled=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -43,10 +44,11 @@ class SCANHead(PairHead):
         direction: ``"t2i"``: words attend to patches; ``"i2t"``: patches attend to words; ``"both"``: the
             mean of the two scores.
         pooling: ``"mean"`` of the R, or ``"lse"``: log sum_j exp(lambda_lse R_j) / lambda_lse, which can be
-            above 1.
+            above 1: see `max_score`.
         lambda_softmax_t2i, lambda_softmax_i2t: inverse temperatures of the attention, > 0.
         lambda_lse_t2i, lambda_lse_i2t: inverse temperatures of ``"lse"``, > 0. For i2t the authors take 5 on
             Flickr30K and 20 on COCO.
+        max_words: of ``"lse"``: the words of the longest caption, as `max_score` reckons.
 
     Raises:
         LapsValueError, LapsTypeError: an argument out of its range.
@@ -76,6 +78,7 @@ class SCANHead(PairHead):
         lambda_softmax_i2t: float = 4.0,
         lambda_lse_t2i: float = 6.0,
         lambda_lse_i2t: float = 5.0,
+        max_words: int = 64,
     ) -> None:
         super().__init__(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens)
         self.direction = _check.choice("SCANHead", "direction", direction, DIRECTIONS)
@@ -88,6 +91,19 @@ class SCANHead(PairHead):
         self.lambda_softmax_i2t = positive("lambda_softmax_i2t", lambda_softmax_i2t)
         self.lambda_lse_t2i = positive("lambda_lse_t2i", lambda_lse_t2i)
         self.lambda_lse_i2t = positive("lambda_lse_i2t", lambda_lse_i2t)
+        self.max_words = _check.count("SCANHead", "max_words", max_words)
+
+    @property
+    def max_score(self) -> float:
+        """1 of ``"mean"``; of ``"lse"``, with K = max_words (t2i) or N (i2t), 1 + log(K) / lambda_lse.
+
+        That is the score where all R are 1; for ``"both"`` the mean of the two.
+        """
+        if self.pooling == "mean":
+            return 1.0
+        t2i = 1 + math.log(self.max_words) / self.lambda_lse_t2i
+        i2t = 1 + math.log(self.num_patches) / self.lambda_lse_i2t
+        return {"t2i": t2i, "i2t": i2t, "both": (t2i + i2t) / 2}[self.direction]
 
     def options(self) -> dict[str, Any]:
         return {
@@ -97,6 +113,7 @@ class SCANHead(PairHead):
             "lambda_softmax_i2t": self.lambda_softmax_i2t,
             "lambda_lse_t2i": self.lambda_lse_t2i,
             "lambda_lse_i2t": self.lambda_lse_i2t,
+            "max_words": self.max_words,
         }
 
     def pair_scores(self, pairs: Pairs) -> Tensor:

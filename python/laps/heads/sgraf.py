@@ -15,6 +15,7 @@ from .. import _check
 from .._precision import wide
 from ..features import ImageFeatures, Span, TextFeatures
 from .base import TrainingScores, mean_of_words, register_head
+from .layers import Linear
 from .pairs import PairHead, Pairs, unit
 
 __all__ = ["SAFHead", "SGRAFHead", "SGRHead"]
@@ -27,13 +28,24 @@ SLOPE, SHARPNESS, DROPOUT, STEPS = 0.1, 9.0, 0.4, 3
 class _RowNorm(nn.BatchNorm1d):
     """BatchNorm over all rows of (..., C), so over any number of patches."""
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, -2)
-        if len(rows) > 1:
-            return super().forward(rows).view_as(x)
+        rows, weight, bias = x.flatten(0, -2), self.weight.to(x.dtype), self.bias.to(x.dtype)
+        # Copies, where the statistics are stored in half precision.
+        mean, variance = self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
         # One row has no variance; torch refuses it in training.
-        moments = self.running_mean, self.running_var
-        return F.batch_norm(rows, *moments, self.weight, self.bias, eps=self.eps).view_as(x)
+        training = self.training and len(rows) > 1
+        normed = F.batch_norm(rows, mean, variance, weight, bias, training, self.momentum, self.eps)
+        if training:
+            self.num_batches_tracked.add_(1)
+            if mean.dtype != self.running_mean.dtype:
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(variance)
+        return normed.view_as(x)
 
 
 class _CaptionNorm(nn.Module):
@@ -66,7 +78,8 @@ class _CaptionNorm(nn.Module):
         return self._scaled(x, mean, squares / count), [mean.detach(), unbiased.detach()]
 
     def _scaled(self, x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+        mean, variance, weight, bias = (y.to(x.dtype) for y in (mean, variance, self.weight, self.bias))
+        return (x - mean) / (variance + self.eps).sqrt() * weight + bias
 
     @torch.no_grad()
     def update(self, mean: Tensor, variance: Tensor) -> None:
@@ -74,7 +87,8 @@ class _CaptionNorm(nn.Module):
         ages = torch.arange(len(mean) - 1, -1, -1, dtype=mean.dtype, device=mean.device)
         kept = 1 - self.momentum
         for running, values in ((self.running_mean, mean), (self.running_var, variance)):
-            running.mul_(kept ** len(mean)).add_((self.momentum * kept**ages * values).sum())
+            # Rounded once, where they are stored in half precision.
+            running.copy_(kept ** len(mean) * running.to(mean) + (self.momentum * kept**ages * values).sum())
 
 
 class _GlobalAttention(nn.Module):
@@ -82,9 +96,9 @@ class _GlobalAttention(nn.Module):
 
     def __init__(self, channels: int, *, batch_norm: bool) -> None:
         super().__init__()
-        self.local, self.whole = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.local, self.whole = Linear(channels, channels), Linear(channels, channels)
         # A bias would cancel in the softmax.
-        self.weigh = nn.Linear(channels, 1, bias=False)
+        self.weigh = Linear(channels, 1, bias=False)
         self.local_norm = _RowNorm(channels) if batch_norm else nn.Identity()
         self.whole_norm = _RowNorm(channels) if batch_norm else nn.Identity()
         self.dropout = nn.Dropout(DROPOUT)
@@ -105,8 +119,8 @@ class _GraphReasoning(nn.Module):
 
     def __init__(self, sim_dim: int) -> None:
         super().__init__()
-        self.query, self.key = nn.Linear(sim_dim, sim_dim), nn.Linear(sim_dim, sim_dim)
-        self.update = nn.Linear(sim_dim, sim_dim)
+        self.query, self.key = Linear(sim_dim, sim_dim), Linear(sim_dim, sim_dim)
+        self.update = Linear(sim_dim, sim_dim)
 
     def forward(self, nodes: Tensor, real: Tensor, queries: Tensor) -> Tensor:
         """(..., K, d), (..., K) bool and the nodes (..., Q, d) that are wanted to these nodes' new values."""
@@ -128,8 +142,8 @@ class _VectorHead(PairHead):
         self.sim_dim = _check.count(type(self).__name__, "sim_dim", sim_dim)
         self.image_attention = _GlobalAttention(embed_dim, batch_norm=True)
         self.text_attention = _GlobalAttention(embed_dim, batch_norm=False)
-        self.local_node, self.global_node = nn.Linear(embed_dim, sim_dim), nn.Linear(embed_dim, sim_dim)
-        self.output = nn.Linear(sim_dim, 1)
+        self.local_node, self.global_node = Linear(embed_dim, sim_dim), Linear(embed_dim, sim_dim)
+        self.output = Linear(sim_dim, 1)
 
     def options(self) -> dict[str, Any]:
         return {"sim_dim": self.sim_dim}
@@ -281,7 +295,7 @@ class SAFHead(_VectorHead):
         self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1, sim_dim: int = 256
     ) -> None:
         super().__init__(embed_dim, num_patches, num_prefix_tokens=num_prefix_tokens, sim_dim=sim_dim)
-        self.filter = nn.Linear(sim_dim, 1)
+        self.filter = Linear(sim_dim, 1)
         self.norm = _CaptionNorm()
         _initialise(self)
 
