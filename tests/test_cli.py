@@ -446,7 +446,9 @@ def test_help_of_train_tells_what_each_option_does_its_choices_and_its_default(
 
     preset = "from the preset: {} for clip-vit-base-224 and clip-vit-large-224; else {})"
     assert preset.format("64", "128") in texts["--batch-size"]
-    assert preset.format("0.0001", "0.0002") in texts["--learning-rate"]
+    assert (
+        preset.format("0.0001", "0.0002").replace(";", ", 0.0005 for region-36;") in texts["--learning-rate"]
+    )
     assert "(default: 0.1)" in texts["--backbone-lr-ratio"]
     for option, choices in {
         "--head": f"{{{','.join(laps.heads.head_names())}}}",

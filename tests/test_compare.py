@@ -158,6 +158,9 @@ def test_published_figures_are_those_of_the_paper() -> None:
         ({"loss": 3}, "loss is no mapping"),
         ({"scenes": {"trains": 3}}, "unknown names.*trains"),
         ({"nonsense": 1}, "unknown names.*nonsense"),
+        ({"regions": {"num_regions": 3}}, "regions with a model of pixels"),
+        ({"regions": {"colour": 3}}, "regions has unknown names.*colour"),
+        ({"model": "region-36"}, "scenes have pixels"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -188,6 +191,25 @@ def test_every_config_of_ours_can_be_read(capsys: pytest.CaptureFixture[str], tm
             for row in comparison.rows:
                 if row.published is not None:
                     assert (comparison.published[protocol], backbone, row.published) in figures
+
+
+def test_the_heads_of_the_regions_config_can_be_built(tmp_path: Path) -> None:
+    comparison = compare.read("flickr30k-regions", data=tmp_path)
+    run_module._check_rows(comparison)
+    assert comparison.region_options() == {"num_regions": 36, "feature_dim": 2048, "labels": None}
+    rows = {row.head for row in comparison.rows}
+    assert rows == {"vse", "gpo", "scan", "sgraf", "chan", "hrem", "tgdt", "cpfean"}
+
+
+def test_labels_of_a_file_are_beside_it_and_those_of_the_command_go_before_them(tmp_path: Path) -> None:
+    regions = {"num_regions": 9, "labels": "names.txt"}
+    file = written(tmp_path, scenes=None, start=None, model="region-36", regions=regions)
+    (tmp_path / "names.txt").write_text("star\n")
+    comparison = compare.read(file, data=tmp_path)
+    assert comparison.region_options() == {"num_regions": 9, "feature_dim": 2048, "labels": ["star"]}
+    (tmp_path / "other.txt").write_text("moon\nsun\n")
+    comparison = compare.read(file, data=tmp_path, labels=tmp_path / "other.txt")
+    assert comparison.region_options()["labels"] == ["moon", "sun"]
 
 
 def test_the_command_writes_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

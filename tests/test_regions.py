@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import laps
 import numpy as np
+import PIL.Image
 import pytest
 import torch
-from _models import CAPTIONS, bert_tokenizer, text_model
+import yaml
+from _models import CAPTIONS, bert_tokenizer, text_model, tiny_laps
+from laps.cli import main
+from laps.config import PRESETS
 from laps.data import RegionTransform
 from laps.encoders import ImageEncoder, RegionBackbone, TextEncoder, label_embeddings
 from laps.heads import build_head
@@ -85,7 +93,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 def folder(tmp_path: Path) -> Path:
     """Caption files and regions, as SCAN's data has them: five captions a row; boxes and labels beside."""
     rng = np.random.default_rng(1)
-    for split, images in (("train", 6), ("dev", 3)):
+    for split, images in (("train", 6), ("dev", 3), ("test", 4)):
         np.save(tmp_path / f"{split}_ims.npy", rng.standard_normal((images, K, D)).astype(np.float32))
         corners = np.sort(rng.uniform(0, 1, (images, K, 2, 2)), axis=2).reshape(images, K, 4)
         np.save(tmp_path / f"{split}_boxes.npy", corners * [300, 200, 300, 200])
@@ -119,7 +127,7 @@ def test_rows_of_a_split_are_its_images(folder: Path) -> None:
     (folder / "train_ims.npy").unlink()
     with pytest.raises(laps.LapsValueError, match=r"train_ims\.npy cannot be read"):
         laps.data.load(folder, "train", regions=True)
-    with pytest.raises(laps.LapsError, match="ids"):
+    with pytest.raises(laps.LapsValueError, match=r"dev_ims\.npy has regions of a detector .expected images"):
         laps.data.load(folder, "dev")
 
 
@@ -190,3 +198,320 @@ def test_regions_can_be_explained(folder: Path) -> None:
     assert why.grid == (1, K)
     assert sum(word.share for word in why.words) == pytest.approx(why.score, abs=1e-6)
     assert "laps-why" in why.to_html()
+
+
+# ---- a file for each image, under the image's name
+
+
+@pytest.fixture
+def archives(folder: Path, tmp_path: Path) -> Path:
+    """The same data as a Karpathy file that names photographs, with the regions of each in a folder."""
+    entries = []
+    (tmp_path / "archives" / "images").mkdir(parents=True)
+    for split in ("train", "dev", "test"):
+        data = laps.data.load(folder, split, regions=True)
+        for i, row in enumerate(data.image_paths):
+            rows = RegionTransform(K, D).open(row).numpy()
+            file = tmp_path / "archives" / "images" / f"{split}{i}.npz"
+            np.savez(file, x=rows[:, :D], bbox=rows[:, D:-1], objects_id=rows[:, -1])
+            sentences = [{"raw": data.captions[t]} for t in data.captions_of(i)]
+            entries.append({"filename": f"{split}{i}.jpg", "split": split, "sentences": sentences})
+    (tmp_path / "archives" / "dataset.json").write_text(json.dumps({"images": entries}))
+    return tmp_path / "archives"
+
+
+@pytest.fixture
+def pixels(tmp_path: Path) -> Path:
+    """Images, as pairs."""
+    path = tmp_path / "pixels"
+    path.mkdir()
+    lines = ["image,caption,split"]
+    for i in range(8):
+        PIL.Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(path / f"{i}.png")
+        lines.append(f"{i}.png,{CAPTIONS[i % 3]},{('train', 'dev')[i % 2]}")
+    (path / "pairs.csv").write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_both_layouts_are_the_same_data(split: str, folder: Path, archives: Path) -> None:
+    rows, files = (laps.data.load(path, split, regions=True) for path in (folder, archives))
+    assert files.captions == rows.captions
+    assert files.caption_to_image.tolist() == rows.caption_to_image.tolist()
+    assert files.image_paths[0] == archives / "images" / f"{split}0.npz"
+    transform = RegionTransform(K, D)
+    for one, other in zip(rows.image_paths, files.image_paths, strict=True):
+        assert torch.equal(transform.open(one), transform.open(other))
+
+
+def test_ids_lead_to_regions_where_there_are_no_rows(tmp_path: Path) -> None:
+    archive(tmp_path / "a.npz")
+    (tmp_path / "id_mapping.json").write_text('{"7": "a.jpg"}')
+    (tmp_path / "dev_ids.txt").write_text("7")
+    (tmp_path / "dev_caps.txt").write_text("a cat\na dog\n")
+    data = laps.data.load(tmp_path, "dev", regions=True)
+    assert (data.image_paths, data.num_captions) == ([tmp_path / "a.npz"], 2)
+
+
+def test_images_that_share_regions_are_refused(tmp_path: Path) -> None:
+    archive(tmp_path / "a.npz")
+    (tmp_path / "test.csv").write_text("image,caption\na.jpg,a cat\na.png,a dog\n")
+    with pytest.raises(
+        laps.LapsValueError, match=r"has a\.jpg and a\.png \(expected images of different names"
+    ):
+        laps.data.load(tmp_path, "test", regions=True)
+
+
+def test_regions_and_pixels_are_told_apart(archives: Path, pixels: Path) -> None:
+    with pytest.raises(
+        laps.LapsValueError, match=r"no region of pairs.csv/dev was found, for example 1\.npz"
+    ):
+        laps.data.load(pixels, "dev", regions=True)
+    (archives / "test.csv").write_text("image,caption\ndev0.npz,a cat\n")
+    with pytest.raises(laps.LapsValueError, match=r"dev0\.npz has regions of a detector"):
+        laps.data.load(archives / "test.csv", "test")
+    with pytest.raises(laps.LapsValueError, match=r"1\.png has no regions .*this model takes no pixels"):
+        model("vse").encode_files([pixels / "1.png"])
+    with pytest.raises(
+        laps.LapsValueError, match=r"dev0\.npz has regions of a detector .*a model of regions"
+    ):
+        tiny_laps().encode_files([archives / "images" / "dev0.npz"])
+
+
+# ---- presets
+
+
+@pytest.fixture
+def bert(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny text checkpoint, which the preset starts from."""
+    tokenizer = bert_tokenizer()
+    text_model(vocab_size=tokenizer.vocab_size).save_pretrained(tmp_path / "bert")
+    tokenizer.save(tmp_path / "bert" / "tokenizer.json")
+    preset = replace(PRESETS["region-36"], text_checkpoint=str(tmp_path / "bert"))
+    monkeypatch.setitem(PRESETS, "region-36", preset)
+    return tmp_path / "bert"
+
+
+NAMES = ["star", "red circle", "blue square"]
+
+
+def test_the_preset_is_that_of_bottom_up_regions(bert: Path) -> None:
+    built = laps.LAPS.from_preset("region-36", head="chan")
+    assert isinstance(built.transform, RegionTransform)
+    assert built.transform.input_shape == (36, 2053)
+    assert (built.head.embed_dim, built.head.num_patches, built.head.num_prefix_tokens) == (1024, 36, 0)
+    assert built.image_encoder.backbone.labels.numel() == 0
+    assert isinstance(laps.LAPS.from_preset("region-36").head, laps.nn.LAPSHead)
+
+
+def test_the_preset_takes_other_sizes_and_labels(bert: Path, tmp_path: Path) -> None:
+    built = laps.LAPS.from_preset("region-36", head="cpfean", num_regions=K, feature_dim=D, labels=NAMES)
+    assert built.transform == RegionTransform(K, D)
+    table = label_embeddings(NAMES, built.text_encoder, bert_tokenizer())
+    assert torch.equal(built.image_encoder.backbone.labels, table)
+    built.save_pretrained(tmp_path / "kept")
+    again = laps.LAPS.from_pretrained(tmp_path / "kept")
+    assert torch.equal(again.image_encoder.backbone.labels, table)
+    built.gradient_checkpointing()
+    for name, options, message in (
+        ("region-36", {"image_checkpoint": "x"}, "image_checkpoint does not go with region-36 .*of pixels"),
+        ("vit-base-224", {"num_regions": 3}, "num_regions does not go with vit-base-224 .*region-36"),
+        ("vit-base-224", {"labels": NAMES}, "labels does not go with vit-base-224"),
+        ("region-36", {"labels": NAMES, "pretrained": False}, "labels without a tokenizer"),
+    ):
+        with pytest.raises(laps.LapsValueError, match=message):
+            laps.LAPS.from_preset(name, **options)
+
+
+def test_the_embeddings_of_labels_have_no_dropout() -> None:
+    tokenizer = bert_tokenizer()
+    texts = TextEncoder(text_model(vocab_size=tokenizer.vocab_size), embed_dim=16)
+    expected = label_embeddings(NAMES, texts, tokenizer)
+    assert torch.equal(label_embeddings(NAMES, texts.train(), tokenizer), expected)
+    assert texts.backbone.training
+
+
+# ---- the commands
+
+
+def called(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """What a command prints and how it ends."""
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+SIZES = ["--num-regions", K, "--feature-dim", D]
+FAST = ["--epochs", 1, "--batch-size", 8, "--num-workers", 0, "--device", "cpu", "--no-progress"]
+
+
+@pytest.mark.parametrize("layout", ["folder", "archives"])
+def test_check_train_and_eval(
+    layout: str,
+    bert: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = request.getfixturevalue(layout)
+    status, output, error = called(capsys, "data", "check", data, "--regions", *SIZES)
+    assert (status, error) == (0, "")
+    assert "train: 6 images, 30 captions; per image 5 to 5" in output
+
+    (tmp_path / "names.txt").write_text("star\nred circle\nblue square\n")
+    run = ["train", data, "--out", tmp_path / "run", "--preset", "region-36", *SIZES, *FAST]
+    run += ["--text-checkpoint", bert, "--head", "cpfean", "--labels", tmp_path / "names.txt"]
+    status, output, error = called(capsys, *run)
+    assert (status, error) == (0, "")
+    assert "best epoch 1 of 1, dev rSum " in output
+    kept = laps.LAPS.from_pretrained(tmp_path / "run" / "best")
+    assert kept.transform == RegionTransform(K, D)
+    assert kept.image_encoder.backbone.labels.shape == (3, 32)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["train"]["learning_rate"] == 5e-4
+
+    options = ["--num-workers", 0, "--device", "cpu", "--quiet", "--json", tmp_path / "r.json"]
+    status, _, error = called(capsys, "eval", tmp_path / "run" / "best", data, *options)
+    assert (status, error) == (0, "")
+    expected = laps.evaluate(kept, laps.data.load(data, "test", regions=True), progress=False).metrics
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"] == expected
+    # On with the model that is there, which says itself that it takes regions.
+    again = ["train", data, "--out", tmp_path / "on", "--model", tmp_path / "run" / "best", *FAST]
+    assert called(capsys, *again)[0] == 0
+
+
+def test_check_finds_what_is_wrong_with_regions(
+    folder: Path, archives: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check = ["data", "check", archives, "--regions", *SIZES]
+    images = archives / "images"
+    (images / "train1.npz").write_bytes((images / "train1.npz").read_bytes()[:200])
+    (images / "train2.npz").unlink()
+    shutil.copy(images / "train0.npz", images / "dev0.npz")
+    archive(images / "test0.npz", features=np.zeros((K, D + 1)))
+    status, output, _ = called(capsys, *check)
+    assert status == 1
+    for said in (
+        "missing images: 1",
+        f"{images / 'train1.npz'}: cannot be read",
+        f"{images / 'test0.npz'}: does not fit the model",
+        "share images:",
+        f"{images / 'train0.npz'} = {images / 'dev0.npz'}",
+    ):
+        assert said in output
+    rows = np.load(folder / "test_ims.npy")
+    for end in ("ims", "boxes", "sizes", "labels"):
+        file = folder / f"test_{end}.npy"
+        np.save(file, np.load(file)[[0, 1, 2, 0]])
+    status, output, _ = called(capsys, "data", "check", folder, "--regions", *SIZES)
+    assert (status, rows.shape) == (0, (4, K, D))
+    assert f"{folder / 'test_ims.npy' / '0'} = {folder / 'test_ims.npy' / '3'}" in output
+
+
+Arguments = Callable[[Path, Path], list[object]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (lambda f, _: ["train", f], "train_ims.npy has regions of a detector (expected images; for regions"),
+        (lambda _, p: ["train", p, "--preset", "region-36"], "no region of pairs.csv/train was found"),
+        (
+            lambda f, _: ["train", f, "--preset", "region-36"],
+            "num_regions=36 of feature_dim=2048, got (5, 6)",
+        ),
+        (lambda _, p: ["train", p, "--num-regions", 9], "--num-regions with a preset of pixels (expected"),
+        (lambda f, _: ["train", f, "--labels", "x"], "--labels with a preset of pixels"),
+        (lambda f, _: ["train", f, "--model", "m", *SIZES], "--num-regions, --feature-dim with --model"),
+        (
+            lambda f, _: ["train", f, "--preset", "region-36", "--image-checkpoint", "x", *SIZES],
+            "image_checkpoint does not go with region-36",
+        ),
+        (
+            lambda f, _: ["train", f, "--preset", "region-36", *SIZES, "--labels", f / "absent"],
+            "absent cannot be read (expected a text file, a name a line",
+        ),
+        (
+            lambda f, _: ["train", f, "--preset", "region-36", *SIZES, "--labels", f / "dev_caps.txt"],
+            "dev_caps.txt:2 is empty",
+        ),
+        (
+            lambda f, _: ["train", f, "--preset", "region-36", *SIZES, "--labels", f / "few.txt"],
+            "labels have too few names (expected at least",
+        ),
+        (lambda f, _: ["data", "check", f], "dev_ims.npy has regions of a detector"),
+        (lambda _, p: ["data", "check", p, "--regions"], "no region of pairs.csv/train was found"),
+        (lambda _, p: ["data", "check", p, "--num-regions", 9], "--num-regions without --regions"),
+        (lambda f, _: ["eval", f / "of-pixels", f], "test_ims.npy has regions of a detector"),
+        (
+            lambda f, p: ["eval", f / "of-regions", p, "--split", "dev"],
+            "no region of pairs.csv/dev was found",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(
+    arguments: Arguments,
+    said: str,
+    folder: Path,
+    pixels: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = arguments(folder, pixels)
+    if line[0] == "eval":
+        tiny_laps().save_pretrained(folder / "of-pixels")
+        model("vse").save_pretrained(folder / "of-regions")
+    (folder / "few.txt").write_text("star\n")
+    if folder / "dev_caps.txt" in line:
+        (folder / "dev_caps.txt").write_text("star\n \n")
+    more = ["--out", tmp_path / "run"] if line[0] == "train" else []
+    status, output, error = called(capsys, *line, *more)
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert said in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_labels_without_numbers_are_told(
+    folder: Path, tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "train_labels.npy").unlink()
+    (tmp_path / "names.txt").write_text("star\n")
+    run = ["train", folder, "--preset", "region-36", *SIZES, "--out", tmp_path / "run", *FAST]
+    status, _, error = called(capsys, *run, "--labels", tmp_path / "names.txt")
+    assert status == 2
+    assert "labels have names, but " in error
+    assert (
+        "train_ims.npy/0 has no label (expected an array labels or objects_id, or {split}_labels.npy)"
+        in error
+    )
+
+
+def test_heads_are_compared_on_regions(
+    folder: Path, tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {
+        "title": "Regions",
+        "model": "region-36",
+        "regions": {"num_regions": K, "feature_dim": D},
+        "seeds": [0],
+        "train": {"epochs": 1, "batch_size": 16, "warmup_epochs": 0},
+        "rows": [{"name": "CHAN", "head": "chan", "published": "CHAN"}, {"name": "SCAN", "head": "scan"}],
+        "published": {"all": "Flickr30K 1K", "backbone": "Faster R-CNN"},
+    }
+    file = tmp_path / "regions.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    out = tmp_path / "runs"
+    line = ["compare", file, "--data", folder, "--out", out, "--quiet", "--num-workers", 0, "--device", "cpu"]
+    status, output, error = called(capsys, *line)
+    assert status == 0, error
+    assert "| CHAN, published | 80.6 |" in output
+    assert laps.LAPS.from_pretrained(out / "scan" / "seed-0" / "best").transform == RegionTransform(K, D)
+    (tmp_path / "names.txt").write_text("\n".join(NAMES))
+    status, _, error = called(capsys, *line, "--labels", tmp_path / "names.txt")
+    assert status == 2
+    assert "holds a run with other settings" in error
+    file.write_text(yaml.safe_dump(settings | {"regions": None}))
+    status, _, error = called(capsys, *line)
+    assert status == 2
+    assert "num_regions=36 of feature_dim=2048, got (5, 6)" in error

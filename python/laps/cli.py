@@ -17,12 +17,14 @@ from . import __version__, _check
 from .errors import LapsError, LapsValueError
 
 if TYPE_CHECKING:
-    from .data import RetrievalData
+    from .data import RegionTransform, RetrievalData
     from .model import LAPS
 
 __all__ = ["main"]
 
 DEFAULT_PRESET = "vit-base-224"
+# Of `laps train`, for presets whose input is regions.
+REGION_OPTIONS = ("num_regions", "feature_dim", "labels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -71,6 +73,8 @@ def _train(options: argparse.Namespace) -> int:
     from ._device import choose_device
     from ._train_options import FROM_PRESET
     from .config import PRESETS
+    from .data.regions import read_labels, require_fit
+    from .model import LAPS
     from .train import Trainer
     from .train_config import TrainConfig
 
@@ -86,8 +90,16 @@ def _train(options: argparse.Namespace) -> int:
         raise LapsValueError(
             _check.message("laps train", f"{options.out} holds a run already", "another folder, or --resume")
         )
-    data, dev = _train_and_dev(options, config.on_error)
-    trainer = Trainer(_model_to_train(options, config.seed), data, dev, options.out, config)
+    _refuse_with_model(options)
+    saved = None if options.model is None else LAPS.from_pretrained(options.model)
+    regions = _regions(options, saved)
+    labels = None if options.labels is None else read_labels(options.labels)
+    data, dev = _train_and_dev(options, config.on_error, regions is not None)
+    # Where images may be skipped, the first may be one of them.
+    if regions is not None and config.on_error == "raise":
+        require_fit(regions, data.image_paths[0], labels)
+    model = saved or _new_model(options, config.seed, labels)
+    trainer = Trainer(model, data, dev, options.out, config)
     if options.resume and not begun:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
@@ -100,14 +112,40 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train_and_dev(options: argparse.Namespace, on_error: str) -> tuple[RetrievalData, RetrievalData | None]:
+def _regions(options: argparse.Namespace, saved: LAPS | None) -> RegionTransform | None:
+    """How the model's regions are read; None for a model of pixels."""
+    from .config import PRESETS
+    from .data import RegionTransform
+
+    if saved is not None:
+        return saved.transform if isinstance(saved.transform, RegionTransform) else None
+    preset = PRESETS[options.preset or DEFAULT_PRESET]
+    if preset.regions:
+        return RegionTransform(**preset.region_sizes(options.num_regions, options.feature_dim))
+    given = _given(options, REGION_OPTIONS)
+    if given:
+        expected = "--preset region-36, which takes regions"
+        got = options.preset or DEFAULT_PRESET
+        raise LapsValueError(_check.message("laps train", f"{given} with a preset of pixels", expected, got))
+    return None
+
+
+def _given(options: argparse.Namespace, names: Sequence[str]) -> str:
+    """Those of the options that were given, as they are written."""
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None)
+
+
+def _train_and_dev(
+    options: argparse.Namespace, on_error: str, regions: bool
+) -> tuple[RetrievalData, RetrievalData | None]:
     """Both splits, with nothing left out yet; refused if they share images, as the dev recall would lie."""
     from .data import load
 
     keep = "keep" if on_error == "skip" else "raise"
     names = [options.train_split] + ([] if options.dev_split == "none" else [options.dev_split])
     data, *others = [
-        load(options.data, name, images=options.images, on_missing=keep, on_empty=keep) for name in names
+        load(options.data, name, images=options.images, regions=regions, on_missing=keep, on_empty=keep)
+        for name in names
     ]
     sets = [{os.path.abspath(path) for path in part.image_paths} for part in (data, *others)]
     shared = sorted(set.intersection(*sets)) if others else []
@@ -123,21 +161,20 @@ def _train_and_dev(options: argparse.Namespace, on_error: str) -> tuple[Retrieva
     return data, others[0] if others else None
 
 
-def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
+def _refuse_with_model(options: argparse.Namespace) -> None:
+    new = ("image_checkpoint", "text_checkpoint", "head", "head_option", "loss", "margin", *REGION_OPTIONS)
+    given = _given(options, new)
+    if options.model is not None and given:
+        raise LapsValueError(
+            _check.message("laps train", f"{given} with --model", "a --preset", "a saved model")
+        )
+
+
+def _new_model(options: argparse.Namespace, seed: int, labels: list[str] | None) -> LAPS:
     import torch
 
     from .model import LAPS
 
-    new = ("image_checkpoint", "text_checkpoint", "head", "head_option", "loss", "margin")
-    if options.model is not None:
-        given = [f"--{name.replace('_', '-')}" for name in new if getattr(options, name) is not None]
-        if given:
-            raise LapsValueError(
-                _check.message(
-                    "laps train", f"{', '.join(given)} with --model", "a --preset", "a saved model"
-                )
-            )
-        return LAPS.from_pretrained(options.model)
     loss = {
         name: value
         for name, value in (("name", options.loss), ("margin", options.margin))
@@ -151,6 +188,9 @@ def _model_to_train(options: argparse.Namespace, seed: int) -> LAPS:
         head=options.head or "laps",
         head_options=dict(_name_and_value(pair) for pair in options.head_option or ()),
         loss=loss,
+        num_regions=options.num_regions,
+        feature_dim=options.feature_dim,
+        labels=labels,
     )
 
 
@@ -186,7 +226,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     from ._device import choose_device
     from ._files import require_writable
-    from .data import load
+    from .data import RegionTransform, load
     from .evaluation import evaluate
     from .model import LAPS
 
@@ -196,7 +236,8 @@ def _eval(options: argparse.Namespace) -> int:
             require_writable(path)
     device = choose_device("laps eval", options.device)
     model = LAPS.from_pretrained(options.model).to(device)
-    data = load(options.data, options.split, images=options.images)
+    regions = isinstance(model.transform, RegionTransform)
+    data = load(options.data, options.split, images=options.images, regions=regions)
     result = evaluate(
         model,
         data,
@@ -218,8 +259,15 @@ def _eval(options: argparse.Namespace) -> int:
 
 
 def _data_check(options: argparse.Namespace) -> int:
-    from .data import CaptionTokenizer, check
+    from .data import CaptionTokenizer, RegionTransform, check
 
+    sizes = ("num_regions", "feature_dim")
+    if _given(options, sizes) and not options.regions:
+        raise LapsValueError(
+            _check.message("laps data check", f"{_given(options, sizes)} without --regions", "both or none")
+        )
+    chosen = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    transform = RegionTransform(**chosen) if options.regions else None
     tokenizer = None
     if options.tokenizer is not None:
         is_file = Path(options.tokenizer).is_file()
@@ -229,7 +277,13 @@ def _data_check(options: argparse.Namespace) -> int:
         raise LapsValueError(
             _check.message("laps data check", "--max-length counts tokens", "a --tokenizer too")
         )
-    report = check(options.path, images=options.images, tokenizer=tokenizer, max_length=options.max_length)
+    report = check(
+        options.path,
+        images=options.images,
+        transform=transform,
+        tokenizer=tokenizer,
+        max_length=options.max_length,
+    )
     print(json.dumps(report.to_dict(), indent=1) if options.json else report)
     return 0 if report.ok else 1
 
@@ -258,7 +312,7 @@ def _compare(options: argparse.Namespace) -> int:
         for name, path in compare.configs().items():
             print(f"{name:16} {path}")
         return 0
-    comparison = compare.read(options.config, data=options.data, images=options.images)
+    comparison = compare.read(options.config, data=options.data, images=options.images, labels=options.labels)
     if options.seeds:
         comparison = replace(comparison, seeds=tuple(options.seeds))
     out = options.out or Path("out/compare") / Path(options.config).stem
@@ -317,7 +371,9 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     why = commands.add_parser("explain", help="why an image and a caption have their score")
-    why.add_argument("image", type=Path, help="an image file")
+    why.add_argument(
+        "image", type=Path, help="an image file; for a model of regions a.npz, or test_ims.npy/3"
+    )
     why.add_argument("caption", help="a sentence, in quotes")
     why.add_argument("--model", required=True, metavar="PATH_OR_ID", help="folder or hub id of a model")
     why.add_argument(
@@ -330,7 +386,7 @@ def _parser() -> argparse.ArgumentParser:
     data_commands = data.add_subparsers(metavar="COMMAND", required=True)
     check = data_commands.add_parser("check", help="missing images, empty captions, split leaks, counts")
     check.add_argument("path", type=Path, help="a file or folder of captions")
-    check.add_argument("--images", type=Path, help="folder of the images")
+    check.add_argument("--images", type=Path, help="folder of the images or regions")
     check.add_argument(
         "--tokenizer",
         metavar="PATH_OR_ID",
@@ -339,6 +395,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--max-length", type=int, metavar="N", help="the most tokens of a caption (default: the tokenizer's)"
     )
+    check.add_argument(
+        "--regions", action="store_true", help="the data are regions of a detector: .npz files or *_ims.npy"
+    )
+    _add_sizes(check, "36", "2048")
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(command=_data_check)
     scenes = data_commands.add_parser("make-scenes", help="drawn scenes with captions, in Karpathy's format")
@@ -367,7 +427,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a file or folder of captions with its splits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
-        "--images", type=Path, help="folder of the images, where it is not beside the captions"
+        "--images", type=Path, help="folder of the images or regions, where it is not beside the captions"
     )
     parser.add_argument(
         "--train-split", default="train", metavar="NAME", help="what to learn from (default: train)"
@@ -388,6 +448,14 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "--image-checkpoint", help="a folder or hub id in place of the preset's image encoder"
     )
     parser.add_argument("--text-checkpoint", help="a folder or hub id in place of the preset's text encoder")
+    _add_sizes(parser, "the preset's", "the preset's")
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the detector's labels, that of number 0 on the first line: regions then know what "
+        "the text encoder knows of theirs",
+    )
     parser.add_argument("--head", choices=head_names(), help="how pairs are scored (default: laps)")
     parser.add_argument(
         "--head-option",
@@ -401,6 +469,19 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_train)
 
 
+def _add_sizes(parser: argparse.ArgumentParser, num_regions: str, feature_dim: str) -> None:
+    """Of regions; the texts are the defaults."""
+    parser.add_argument(
+        "--num-regions",
+        type=int,
+        metavar="N",
+        help=f"regions of an image, the first of its file (default: {num_regions})",
+    )
+    parser.add_argument(
+        "--feature-dim", type=int, metavar="N", help=f"features of a region (default: {feature_dim})"
+    )
+
+
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="?", help="a YAML file, or the name of a comparison of laps; without it: their names"
@@ -408,6 +489,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, help="folder of the runs (default: out/compare/CONFIG)")
     parser.add_argument("--data", type=Path, help="a file or folder of captions, in place of the config's")
     parser.add_argument("--images", type=Path, help="folder of the images, in place of the config's")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="of regions: names of the detector's labels, a line each"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the config's")
     parser.add_argument("--rows", nargs="+", metavar="NAME", help="train these alone")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
@@ -423,7 +507,7 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a file or folder of captions")
     parser.add_argument("--split", default="test", metavar="NAME", help="what to evaluate on (default: test)")
     parser.add_argument(
-        "--images", type=Path, help="folder of the images, where it is not beside the captions"
+        "--images", type=Path, help="folder of the images or regions, where it is not beside the captions"
     )
     parser.add_argument(
         "--folds", type=int, metavar="N", help="also the mean over N folds of the images; 5 for COCO 1K"

@@ -137,18 +137,19 @@ class LAPSConfig:
 
 @dataclass(frozen=True)
 class Preset:
-    """One LAPS row of the paper's Tables 1 and 2.
+    """One LAPS row of the paper's Tables 1 and 2, or what its rows of regions share.
 
     Attributes:
-        image_checkpoint, text_checkpoint: ids on the hub.
-        image_encoder, text_encoder: the architecture, as keyword arguments of a transformers configuration.
+        image_checkpoint, text_checkpoint: ids on the hub; None where the input is regions of a detector.
+        image_encoder, text_encoder: the architecture, as keyword arguments of a transformers configuration,
+            or of :class:`laps.encoders.RegionBackbone`.
         embed_dim: C of the projections; None: CLIP's own.
         head_options: rho and lambda.
         mean, std: of the pixels, per channel, as the image encoder was pretrained with.
         learning_rate, backbone_lr_ratio, batch_size: the recipe.
     """
 
-    image_checkpoint: str
+    image_checkpoint: str | None
     text_checkpoint: str
     image_encoder: Mapping[str, Any]
     text_encoder: Mapping[str, Any]
@@ -159,6 +160,16 @@ class Preset:
     learning_rate: float = 2e-4
     backbone_lr_ratio: float = 0.1
     batch_size: int = 128
+
+    @property
+    def regions(self) -> bool:
+        """Whether the input is regions of a detector, in place of pixels."""
+        return self.image_checkpoint is None
+
+    def region_sizes(self, num_regions: int | None = None, feature_dim: int | None = None) -> dict[str, int]:
+        """Keyword arguments of :class:`laps.data.RegionTransform`; its own where none is given."""
+        given = {"num_regions": num_regions, "feature_dim": feature_dim}
+        return {name: self.image_encoder[name] if size is None else size for name, size in given.items()}
 
 
 BERT: dict[str, Any] = {"model_type": "bert"}
@@ -237,5 +248,16 @@ PRESETS: dict[str, Preset] = {
             "projection_dim": 768,
         },
         **CLIP,
+    ),
+    # Bottom-up attention's regions. C and the learning rate are those of CHAN's and HREM's authors; the
+    # ratios, for LAPS, which nobody has published on regions, those of Swin's 49 patches.
+    "region-36": Preset(
+        None,
+        "bert-base-uncased",
+        {"model_type": "laps_regions", "num_regions": 36, "feature_dim": 2048},
+        BERT,
+        1024,
+        SWIN_RATIOS,
+        learning_rate=5e-4,
     ),
 }

@@ -20,7 +20,7 @@ from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
 from .data import Batch, CaptionTokenizer, ImageTransform, RegionTransform
-from .encoders import ImageEncoder, RegionBackbone, TextEncoder, implementations
+from .encoders import ImageEncoder, RegionBackbone, TextEncoder, implementations, label_embeddings
 from .encoders.backbone import UNUSED, describe, freeze, is_transformers
 from .encoders.keys import check_weights
 from .errors import LapsError, LapsTypeError, LapsValueError
@@ -160,6 +160,9 @@ class LAPS(nn.Module, ModelHubMixin):
         loss: Mapping[str, Any] | None = None,
         tokenizer: CaptionTokenizer | None = None,
         encoders: str = "hf",
+        num_regions: int | None = None,
+        feature_dim: int | None = None,
+        labels: Sequence[str] | None = None,
     ) -> LAPST:
         """A model of the paper's Tables 1 and 2, ready to be trained: pretrained encoders, a fresh head.
 
@@ -173,25 +176,52 @@ class LAPS(nn.Module, ModelHubMixin):
             loss: keyword arguments of :class:`laps.objective.Objective`; None for the head's own.
             tokenizer: None: the text checkpoint's.
             encoders: ``"hf"``, ``"native"`` or ``"auto"``; see :meth:`from_pretrained`.
+            num_regions: of a preset of regions, in place of its own; see
+                :class:`laps.encoders.RegionBackbone`.
+            feature_dim: the same.
+            labels: names of the detector's labels in the order of their numbers, for the label prior, by
+                :func:`laps.encoders.label_embeddings`; None for none.
 
         Raises:
-            LapsValueError: an unknown name, no such checkpoint, or one that lacks weights.
+            LapsValueError: an unknown name, no such checkpoint, or one that lacks weights; regions' arguments
+                with a preset of pixels, or the reverse.
         """
         preset = PRESETS[_check.choice("LAPS.from_preset", "name", name, list(PRESETS))]
         # Before the weights are read, which takes long.
         Objective.from_options(loss or {})
+        of_regions: dict[str, Any] = {
+            "num_regions": num_regions,
+            "feature_dim": feature_dim,
+            "labels": labels,
+        }
+        misplaced = {"image_checkpoint": image_checkpoint} if preset.regions else of_regions
+        for argument, value in misplaced.items():
+            if value is not None:
+                expected = f"a preset of {'pixels' if preset.regions else 'regions, such as region-36'}"
+                raise LapsValueError(
+                    _check.message("LAPS.from_preset", f"{argument} does not go with {name}", expected)
+                )
+
+        def backbone(part: str, checkpoint: str | Path | None, config: Mapping[str, Any]) -> nn.Module:
+            if pretrained and checkpoint is not None:
+                return implementations.load(checkpoint, part, encoders)
+            return implementations.build(config, encoders)
+
+        text_source = text_checkpoint or preset.text_checkpoint
+        text_backbone = backbone("text", text_source, preset.text_encoder)
         if pretrained:
-            text_source = text_checkpoint or preset.text_checkpoint
-            images = ImageEncoder.from_pretrained(
-                image_checkpoint or preset.image_checkpoint, embed_dim=preset.embed_dim, encoders=encoders
-            )
-            texts = TextEncoder.from_pretrained(text_source, embed_dim=preset.embed_dim, encoders=encoders)
             tokenizer = tokenizer or CaptionTokenizer.from_pretrained(text_source)
-        else:
-            image_backbone = implementations.build(preset.image_encoder, encoders)
-            text_backbone = implementations.build(preset.text_encoder, encoders)
-            images = ImageEncoder(image_backbone, embed_dim=preset.embed_dim)
-            texts = TextEncoder(text_backbone, embed_dim=preset.embed_dim)
+        if labels is not None:
+            if tokenizer is None:
+                raise LapsValueError(
+                    _check.message("LAPS.from_preset", "labels without a tokenizer", "tokenizer=...")
+                )
+            of_regions["labels"] = label_embeddings(labels, TextEncoder(text_backbone), tokenizer)
+        given = {argument: value for argument, value in of_regions.items() if value is not None}
+        image_source = image_checkpoint or preset.image_checkpoint
+        image_backbone = backbone("vision", image_source, {**preset.image_encoder, **given})
+        images = ImageEncoder(image_backbone, embed_dim=preset.embed_dim)
+        texts = TextEncoder(text_backbone, embed_dim=preset.embed_dim)
         options = dict(preset.head_options) if head == "laps" else {}
         built = build_head(
             head,
@@ -200,7 +230,9 @@ class LAPS(nn.Module, ModelHubMixin):
             num_prefix_tokens=images.num_prefix_tokens,
             **(options | dict(head_options or {})),
         )
-        transform = ImageTransform(image_size=images.image_size, mean=preset.mean, std=preset.std)
+        transform = None
+        if not preset.regions:
+            transform = ImageTransform(image_size=images.image_size, mean=preset.mean, std=preset.std)
         objective = Objective.for_head(built, loss or {})
         return cls(images, texts, built, tokenizer=tokenizer, transform=transform, objective=objective)
 

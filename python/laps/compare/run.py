@@ -18,7 +18,8 @@ from .. import _check
 from .._files import write_atomically
 from .._json_files import read_object
 from .._laps import __version__
-from ..data import CaptionTokenizer, RetrievalData, load, make_scenes
+from ..data import CaptionTokenizer, RegionTransform, RetrievalData, load, make_scenes
+from ..data.regions import require_fit
 from ..demo import recipe
 from ..errors import LapsError, LapsValueError
 from ..evaluation import evaluate
@@ -134,12 +135,14 @@ def _check_rows(comparison: Comparison) -> None:
     known = published()
     backbone = comparison.published.get("backbone", "")
     sources = [data for protocol, data in comparison.published.items() if protocol != "backbone"]
+    sizes = {"embed_dim": PROBE[0], "num_patches": PROBE[1]}
+    if comparison.of_regions:
+        sizes |= {"num_patches": comparison.region_options()["num_regions"], "num_prefix_tokens": 0}
     for row in comparison.rows:
         try:
             head = build_head(
                 row.head,
-                embed_dim=PROBE[0],
-                num_patches=PROBE[1],
+                **sizes,
                 **(recipe.HEAD_OPTIONS.get(row.head, {}) if comparison.model == SMALL else {})
                 | dict(row.options),
             )
@@ -264,7 +267,9 @@ def _new(
         model.objective = Objective.for_head(model.head, loss)
         return model
     torch.manual_seed(seed)
-    return LAPS.from_preset(comparison.model, head=head, head_options=head_options, loss=loss)
+    return LAPS.from_preset(
+        comparison.model, head=head, head_options=head_options, loss=loss, **comparison.region_options()
+    )
 
 
 # ---- data and folders
@@ -284,8 +289,12 @@ def _data(comparison: Comparison, seed: int, options: _Run) -> _Data:
             progress=options.progress,
         )
     assert source is not None
-    read = partial(load, source, images=images)
+    read = partial(load, source, images=images, regions=comparison.of_regions)
     train, dev, test = (read(name) for name in ("train", "dev", "test"))
+    if comparison.of_regions:
+        chosen = comparison.region_options()
+        labels = chosen.pop("labels")
+        require_fit(RegionTransform(**chosen), train.image_paths[0], labels)
     data = _Data(train, dev, test, [describe_data(part) for part in (train, dev, test)])
     if comparison.folds is not None and comparison.folds > data.test.num_images:
         raise LapsValueError(
@@ -332,6 +341,8 @@ def _shared(comparison: Comparison, data: _Data) -> dict[str, Any]:
         "train": {name: value for name, value in train.items() if name not in FREE_ON_RESUME},
         "start": comparison.start and asdict(comparison.start),
         "data": data.described,
+        # Nothing of pixels: what was trained on them before there were regions keeps its key.
+        **({"regions": comparison.region_options()} if comparison.of_regions else {}),
     }
 
 

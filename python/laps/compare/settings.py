@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,24 @@ import yaml
 
 from .. import _check
 from ..config import PRESETS
+from ..data.regions import read_labels
 from ..errors import LapsError, LapsTypeError, LapsValueError
 from ..heads import head_names
 from ..objective import Objective
 from ..train_config import TrainConfig
 
-__all__ = ["LAYOUTS", "SMALL", "START", "Comparison", "Row", "Scenes", "Start", "configs", "read"]
+__all__ = [
+    "LAYOUTS",
+    "SMALL",
+    "START",
+    "Comparison",
+    "Regions",
+    "Row",
+    "Scenes",
+    "Start",
+    "configs",
+    "read",
+]
 
 OPERATION = "laps compare"
 # The model of `laps demo`.
@@ -82,6 +94,21 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Regions:
+    """What a detector found, as input of all rows, where that is not what the preset says.
+
+    Attributes:
+        num_regions, feature_dim: of an image and of a region; None for the preset's.
+        labels: a file with the names of the detector's labels, or None; see
+            :meth:`laps.LAPS.from_preset`.
+    """
+
+    num_regions: int | None = None
+    feature_dim: int | None = None
+    labels: Path | None = None
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Heads that are trained and evaluated alike.
 
@@ -90,7 +117,9 @@ class Comparison:
         rows: what is compared.
         model: a preset's name, or ``"small"``, the model of `laps demo`.
         data: a data set as :func:`laps.data.load` reads it, with the splits train, dev and test; or None.
-        images: folder of its images, or None.
+            With a preset of regions its regions are read.
+        images: folder of its images or regions, or None.
+        regions: other ones than the preset's, or None.
         scenes: drawn ones instead of `data`, or None.
         seeds: each is a training of every row.
         train: of :class:`laps.train_config.TrainConfig`, the same for all rows: the budget.
@@ -107,6 +136,7 @@ class Comparison:
     model: str = "vit-base-224"
     data: Path | None = None
     images: Path | None = None
+    regions: Regions | None = None
     scenes: Scenes | None = None
     seeds: tuple[int, ...] = (0, 1, 2)
     train: Mapping[str, Any] = field(default_factory=dict)
@@ -128,6 +158,10 @@ class Comparison:
             Objective.from_options(self.loss_of(row))
         _check.choice(OPERATION, "model", self.model, [SMALL, *sorted(PRESETS)])
         _check.choice(OPERATION, "layout", self.layout, LAYOUTS)
+        if self.regions is not None and not self.of_regions:
+            raise _wrong("regions with a model of pixels", "model: region-36", self.model)
+        if self.scenes is not None and self.of_regions:
+            raise _wrong("scenes have pixels", "data with regions, or a model of pixels", self.model)
         if (self.data is None) == (self.scenes is None):
             expected = "one of them (on the command line: --data)"
             raise _wrong("data and scenes", expected, "both" if self.data else "none")
@@ -144,6 +178,19 @@ class Comparison:
         if unknown or not all(isinstance(value, str) for value in self.published.values()):
             raise _wrong("published", "all, folds and backbone, as strings", dict(self.published))
         self.train_config(0)
+
+    @property
+    def of_regions(self) -> bool:
+        """Whether the models' input is regions of a detector."""
+        return self.model != SMALL and PRESETS[self.model].regions
+
+    def region_options(self) -> dict[str, Any]:
+        """Keyword arguments of :meth:`laps.LAPS.from_preset` that say which regions; of pixels none."""
+        if not self.of_regions:
+            return {}
+        chosen = self.regions or Regions()
+        sizes = PRESETS[self.model].region_sizes(chosen.num_regions, chosen.feature_dim)
+        return {**sizes, "labels": None if chosen.labels is None else read_labels(chosen.labels)}
 
     def loss_of(self, row: Row) -> dict[str, Any]:
         """Keyword arguments of the row's objective; empty where the head's own is meant."""
@@ -168,7 +215,11 @@ def configs() -> dict[str, Path]:
 
 
 def read(
-    source: str | Path, *, data: str | Path | None = None, images: str | Path | None = None
+    source: str | Path,
+    *,
+    data: str | Path | None = None,
+    images: str | Path | None = None,
+    labels: str | Path | None = None,
 ) -> Comparison:
     """A comparison from a YAML file, or from the name of one that comes with laps.
 
@@ -176,6 +227,7 @@ def read(
         source: the file or the name. Paths in a file are relative to its folder.
         data: in place of the file's.
         images: in place of the file's.
+        labels: in place of those of the file's regions.
 
     Raises:
         LapsValueError, LapsTypeError: no such file, no YAML, an unknown name, or a value out of its range.
@@ -191,20 +243,27 @@ def read(
             _check.message(OPERATION, f"{source} cannot be read", expected, reason)
         ) from None
     try:
-        return _comparison(values, path.parent, {"data": data, "images": images})
+        return _comparison(values, path.parent, {"data": data, "images": images}, labels)
     except LapsError as error:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _comparison(values: object, folder: Path, paths: Mapping[str, str | Path | None]) -> Comparison:
+def _comparison(
+    values: object, folder: Path, paths: Mapping[str, str | Path | None], labels: str | Path | None
+) -> Comparison:
     given = _mapping("the file", values, Comparison)
     rows = given.get("rows", [])
     if not isinstance(rows, list):
         raise _wrong("rows is no list", "a list", _check.name_of(rows))
     given["rows"] = tuple(_built(f"rows[{i}]", row, Row) for i, row in enumerate(rows))
-    for name, kind in (("scenes", Scenes), ("start", Start)):
+    for name, kind in (("scenes", Scenes), ("start", Start), ("regions", Regions)):
         if given.get(name) is not None:
             given[name] = _built(name, given[name], kind)
+    regions = given.get("regions")
+    if labels is not None:
+        given["regions"] = replace(regions or Regions(), labels=Path(labels))
+    elif regions is not None and regions.labels is not None:
+        given["regions"] = replace(regions, labels=folder / str(regions.labels))
     for name, path in paths.items():
         if path is not None:
             given[name] = Path(path)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .formats import detect, listings
 from .images import open_with_mode
 from .listing import Listing, is_blank, missing_files
 from .reading import with_each_image
+from .regions import OPERATION as REGIONS
+from .regions import RegionTransform
 from .tokenizer import CaptionTokenizer
 
 __all__ = ["CheckReport", "Leak", "SplitReport", "check"]
@@ -135,6 +138,7 @@ def check(
     path: str | Path,
     *,
     images: str | Path | None = None,
+    transform: RegionTransform | None = None,
     splits: Sequence[str] | None = None,
     tokenizer: CaptionTokenizer | None = None,
     max_length: int | None = None,
@@ -144,10 +148,12 @@ def check(
     """Read every image and caption of a data set, and report what is wrong.
 
     Images are compared by content, so that a copy under another name counts as shared between splits too.
+    So are regions, by what a model sees of them.
 
     Args:
         path: as for :func:`laps.data.load`.
         images: as for :func:`laps.data.load`.
+        transform: None for image files; of regions what a model of them reads them with.
         splits: those to check; None for all.
         tokenizer: with it, captions without tokens count as empty too, and long ones are reported. Without,
             captions count as empty in which nothing is visible.
@@ -156,7 +162,8 @@ def check(
         progress: whether to show a bar, on a terminal or in a notebook.
 
     Raises:
-        LapsValueError: the annotations cannot be read, no image is found at all, an unknown split.
+        LapsValueError: the annotations cannot be read, no image is found at all, an unknown split, regions
+            where images were expected.
 
     Example:
         >>> import tempfile, pathlib, PIL.Image, laps.data
@@ -174,13 +181,14 @@ def check(
     if max_length is not None:
         max_length = _check.count(operation, "max_length", max_length, 3)
     limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
-    found = listings(operation, *detect(operation, Path(path)))
+    found = listings(operation, *detect(operation, Path(path)), regions=transform is not None)
     chosen = _chosen(operation, path, found, splits)
     folder = None if images is None else Path(images)
     paths = {
         name: listing.paths(operation, folder) if listing.files else [] for name, listing in chosen.items()
     }
-    contents = _read_images(sorted({p for group in paths.values() for p in group}), threads, progress)
+    read = _read_image if transform is None else partial(_read_regions, transform)
+    contents = _read_all(read, sorted({p for group in paths.values() for p in group}), threads, progress)
     reports = {
         name: _split_report(listing, paths[name], contents, tokenizer, limit)
         for name, listing in chosen.items()
@@ -226,12 +234,22 @@ def _read_image(path: Path) -> _Content:
     return _Content(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), mode)
 
 
-def _read_images(paths: Sequence[Path], threads: int, progress: bool) -> dict[Path, _Content]:
+def _read_regions(transform: RegionTransform, path: Path) -> _Content:
+    try:
+        rows = transform.open(path).numpy()
+    except LapsValueError as error:
+        return _Content(str(path), error=str(error).removeprefix(f"{REGIONS}: {path} "))
+    return _Content(hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest())
+
+
+def _read_all(
+    read: Callable[[Path], _Content], paths: Sequence[Path], threads: int, progress: bool
+) -> dict[Path, _Content]:
     absent = set(missing_files(list(paths)))
     contents = {path: _Content(str(path), error="missing") for i, path in enumerate(paths) if i in absent}
     present = [path for i, path in enumerate(paths) if i not in absent]
-    read = with_each_image(_read_image, present, threads=threads, progress=progress)
-    return contents | dict(zip(present, read, strict=True))
+    found = with_each_image(read, present, threads=threads, progress=progress)
+    return contents | dict(zip(present, found, strict=True))
 
 
 # ---- reports

@@ -25,6 +25,7 @@ from .parsers import (
     parse_pairs,
 )
 from .records import RetrievalData
+from .regions import ARCHIVE_END, REGIONS_END, is_regions
 
 __all__ = ["load", "read_caption_files", "read_karpathy", "read_pairs"]
 
@@ -54,8 +55,8 @@ def load(
             split column has one split, named as the file if that is a split's name, else "all".
         images: the folder of the image files; None looks beside the file: in ``images/``, in the data set's
             name, and in the folder itself.
-        regions: of caption files, take the detector features ``{split}_ims.npy`` beside them for images; see
-            :class:`laps.data.RegionTransform`.
+        regions: take the features of a detector for images, see :class:`laps.data.RegionTransform`: beside
+            caption files ``{split}_ims.npy``, else for each image an ``.npz`` file of its name in `images`.
         on_missing: "raise" refuses data whose image files are not all there, "keep" leaves that to the reader
             of the images.
         on_empty: "raise" refuses an empty caption (nothing in it is visible), "keep" leaves that to the
@@ -65,7 +66,7 @@ def load(
         LapsValueError: a missing file or folder (the message lists where it looked), an unknown split (lists
             those present), malformed content or an empty caption (names file and line), ids that do not fit
             their captions, a caption whose image is absent, one image in two splits of a file, a folder of no
-            known or of more than one format.
+            known or of more than one format, regions where images are expected or the reverse.
 
     Example:
         >>> import tempfile, pathlib, laps.data
@@ -104,8 +105,8 @@ def read_caption_files(
 
     Line t of ``{split}_caps.txt`` is caption t. ``{split}_ids.txt`` has the image id of each caption, or one
     id per image, where every image has the same number of captions, in order. ``id_mapping.json``, here or
-    one folder up, gives each id's image file. With `regions` the images are the rows of ``{split}_ims.npy``,
-    each with equally many captions, in order, and neither ids nor mapping are needed.
+    one folder up, gives each id's image file. With `regions` the images are the rows of ``{split}_ims.npy``
+    if that is there, each with equally many captions, in order, and neither ids nor mapping are needed.
     """
     operation, folder = "read_caption_files", Path(folder)
     return _read(operation, "caption_files", folder, split, images, on_missing, on_empty, regions)
@@ -135,10 +136,7 @@ def _read(
 ) -> RetrievalData:
     _check.choice(operation, "on_missing", on_missing, KEEP)
     _check.choice(operation, "on_empty", on_empty, KEEP)
-    if _check.flag(operation, "regions", regions) and kind != "caption_files":
-        raise LapsValueError(
-            _check.message(operation, f"{path} has no rows of regions", "a folder with *_caps.txt", kind)
-        )
+    _check.flag(operation, "regions", regions)
     found = listings(operation, kind, path, split, regions=regions)
     if not any(listing.files for listing in found.values()):
         raise LapsValueError(_check.message(operation, f"{path} lists no image", "at least one"))
@@ -190,16 +188,65 @@ def detect(operation: str, path: Path) -> tuple[str, Path]:
 def listings(
     operation: str, kind: str, path: Path, split: str | None = None, *, regions: bool = False
 ) -> dict[str, Listing]:
-    """The splits of `path` by name; of caption files, which are one per split, `split` alone if given."""
+    """The splits of `path` by name; of caption files, which are one per split, `split` alone if given.
+
+    Raises LapsValueError where it lists regions and images are expected.
+    """
     if kind == "karpathy":
-        return parse_karpathy(operation, path)
-    if kind == "pairs":
-        return parse_pairs(operation, path)
-    if not path.is_dir():
-        raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
-    names = sorted(file.name.removesuffix(CAPTIONS_END) for file in path.glob(f"*{CAPTIONS_END}"))
-    wanted = names if split is None else [_split_name(operation, path, split, names)]
-    return {name: parse_caption_files(operation, path, name, regions=regions) for name in wanted}
+        found = parse_karpathy(operation, path)
+    elif kind == "pairs":
+        found = parse_pairs(operation, path)
+    else:
+        if not path.is_dir():
+            raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
+        names = sorted(file.name.removesuffix(CAPTIONS_END) for file in path.glob(f"*{CAPTIONS_END}"))
+        wanted = names if split is None else [_split_name(operation, path, split, names)]
+        found = {name: _of_caption_files(operation, path, name, regions) for name in wanted}
+    if regions:
+        for listing in found.values():
+            _name_regions(operation, listing)
+    else:
+        _refuse_regions(operation, found)
+    return found
+
+
+def _of_caption_files(operation: str, folder: Path, split: str, regions: bool) -> Listing:
+    """One split; of its regions the rows of one file where they are, else those that its ids lead to."""
+    rows, ids = folder / f"{split}{REGIONS_END}", folder / f"{split}_ids.txt"
+    if not regions and rows.is_file() and not ids.is_file():
+        raise _has_regions(operation, rows)
+    of_rows = regions and (rows.is_file() or not ids.is_file())
+    return parse_caption_files(operation, folder, split, regions=of_rows)
+
+
+def _name_regions(operation: str, listing: Listing) -> None:
+    """The files of regions in place of the images that they were found in."""
+    files = [
+        file if is_regions(Path(file)) else str(Path(file).with_suffix(ARCHIVE_END)) for file in listing.files
+    ]
+    first: dict[str, str] = {}
+    for image, file in zip(listing.files, files, strict=True):
+        if first.setdefault(file, image) != image:
+            expected = "images of different names, for regions are found by them"
+            raise LapsValueError(
+                _check.message(operation, f"{listing.name} has {first[file]} and {image}", expected)
+            )
+    listing.files = files
+    listing.content = "region"
+
+
+def _refuse_regions(operation: str, found: dict[str, Listing]) -> None:
+    for listing in found.values():
+        for file in listing.files:
+            if is_regions(Path(file)):
+                raise _has_regions(operation, f"{listing.name}: {file}")
+
+
+def _has_regions(operation: str, place: object) -> LapsValueError:
+    expected = "images; for regions regions=True (laps data check: --regions) and a model of them, such as "
+    return LapsValueError(
+        _check.message(operation, f"{place} has regions of a detector", f"{expected}the preset region-36")
+    )
 
 
 def _same_split(name: str, other: str) -> bool:

@@ -9,6 +9,7 @@ from PIL import ExifTags, Image
 
 from .. import _check
 from ..errors import LapsValueError
+from .regions import is_regions
 
 __all__ = ["as_rgb", "open_image"]
 
@@ -76,6 +77,9 @@ def open_with_mode(path: Path) -> tuple[Image.Image, str]:
 
 def _open(path: Path, max_pixels: int) -> tuple[Image.Image, str]:
     operation = "open_image"
+    if is_regions(path):
+        expected = "an image file, or a model of regions in place of one of pixels"
+        raise LapsValueError(_check.message(operation, f"{path} has regions of a detector", expected))
     if path.is_dir():
         raise LapsValueError(_check.message(operation, f"{path} is a folder", "an image file"))
     if not path.is_file():

@@ -37,6 +37,7 @@ class Listing:
         image_folders: where the image files may be, best guess first.
         files: image i, relative to one of these folders, each once: "./a.jpg" and "a.jpg" are one image.
         captions, caption_to_image, lines: caption t, its image, and its line or entry.
+        content: of the files, for messages: "image" or "region".
     """
 
     name: str
@@ -46,6 +47,7 @@ class Listing:
     captions: list[str] = field(default_factory=list)
     caption_to_image: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
+    content: str = "image"
     _index: dict[str, int] = field(default_factory=dict)
 
     def add_image(self, file: str) -> int:
@@ -75,11 +77,12 @@ class Listing:
             if folder.is_dir() and any(_is_there(path) for path in paths):
                 return paths
         looked = ", ".join(str(folder) for folder in folders)
+        otherwise = " (or a model of pixels for images)" if self.content == "region" else ""
         raise LapsValueError(
             _check.message(
                 operation,
-                f"no image of {self.name} was found, for example {self.files[0]}",
-                "the folder of the image files, given as images=...",
+                f"no {self.content} of {self.name} was found, for example {self.files[0]}",
+                f"the folder of the {self.content} files, given as images=...{otherwise}",
                 f"none of them in {looked}",
             )
             if self.files

@@ -2,8 +2,9 @@
 
 Two layouts, as the field's repositories keep them:
 
-- ``x.npz``, one image: ``features`` (or ``x``) (K, D), ``boxes`` (or ``bbox``) (K, 4) as x0, y0, x1, y1 in
-  pixels with ``image_w`` and ``image_h``, or in [0, 1] without these; ``labels`` (or ``objects_id``) (K,);
+- ``x.npz``, one image, which its captions call x.npz or, as the photograph, x.jpg: ``features`` (or ``x``)
+  (K, D); ``boxes`` (or ``bbox``) (K, 4) as x0, y0, x1, y1 in pixels with ``image_w`` and ``image_h``, or in
+  [0, 1] without these; ``labels`` (or ``objects_id``) (K,);
 - ``{split}_ims.npy``, all images of a split: (n, K, D); beside it perhaps ``{split}_boxes.npy`` (n, K, 4) in
   [0, 1], or in pixels with ``{split}_sizes.npy`` (n, 2), width and height; and ``{split}_labels.npy`` (n, K).
   The path of image i is ``{split}_ims.npy/i``.
@@ -11,7 +12,9 @@ Two layouts, as the field's repositories keep them:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ from ..errors import LapsValueError
 __all__ = ["BOX", "LABEL", "REGIONS_END", "RegionTransform"]
 
 REGIONS_END = "_ims.npy"
+ARCHIVE_END = ".npz"
 # What follows a region's D features in its row: the box, and the number of its label or -1.
 BOX, LABEL = 4, 1
 NAMES = {"features": ("features", "x"), "boxes": ("boxes", "bbox"), "labels": ("labels", "objects_id")}
@@ -73,12 +77,15 @@ class RegionTransform:
         """The rows of an image.
 
         Raises:
-            LapsValueError: a file that is missing, damaged or of another layout, with its path.
+            LapsValueError: a file that is missing, damaged, of another layout or an image, with its path.
         """
         path = Path(path)
+        if not is_regions(path):
+            expected = "a detector's .npz, or a row of *_ims.npy: this model takes no pixels"
+            raise LapsValueError(_check.message(OPERATION, f"{path} has no regions", expected))
         try:
             found = _of_split(path) if path.parent.name.endswith(REGIONS_END) else _of_image(path)
-        except (OSError, ValueError, IndexError, EOFError) as error:
+        except (OSError, ValueError, IndexError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             expected = "features of a detector (.npz, or a row of *_ims.npy)"
             raise LapsValueError(
                 _check.message(OPERATION, f"{path} cannot be read", expected, error)
@@ -117,7 +124,10 @@ class RegionTransform:
         if features.ndim != 2 or features.shape[0] < k or features.shape[1] != d:
             raise LapsValueError(
                 _check.message(
-                    OPERATION, f"{path} does not fit the model", f"at least {k} x {d}", features.shape
+                    OPERATION,
+                    f"{path} does not fit the model",
+                    f"at least num_regions={k} of feature_dim={d}",
+                    features.shape,
                 )
             )
         count = len(features)
@@ -146,6 +156,51 @@ class RegionTransform:
             )
         rows = np.concatenate([features, boxes.clip(0, 1), labels[:, None]], axis=1)[:k]
         return torch.from_numpy(rows.astype(np.float32))
+
+
+def is_regions(path: Path) -> bool:
+    """Whether the path is that of one image's regions, in either layout."""
+    return path.suffix == ARCHIVE_END or path.parent.name.endswith(REGIONS_END)
+
+
+def read_labels(path: str | Path) -> list[str]:
+    """The names of a detector's labels, line i (from 0) that of number i.
+
+    Raises:
+        LapsValueError: a file that cannot be read, or has a line without a name.
+    """
+    try:
+        names = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LapsValueError(
+            _check.message(OPERATION, f"labels {path} cannot be read", "a text file, a name a line", error)
+        ) from None
+    for line, name in enumerate(names or [""], 1):
+        if not name.strip():
+            raise LapsValueError(_check.message(OPERATION, f"labels {path}:{line} is empty", "a name"))
+    return [name.strip() for name in names]
+
+
+def require_fit(transform: RegionTransform, path: Path, labels: Sequence[str] | None) -> None:
+    """Refuse an image whose regions the model cannot take, or whose labels have no name.
+
+    Asked of one image of a data set, before weights are read.
+
+    Raises:
+        LapsValueError: regions of other sizes, no labels though there are names, a number without a name.
+    """
+    numbers = transform.open(path)[:, -1]
+    if labels is None:
+        return
+    highest = int(numbers.max())
+    if highest < 0:
+        expected = "an array labels or objects_id, or {split}_labels.npy"
+        raise LapsValueError(
+            _check.message(OPERATION, f"labels have names, but {path} has no label", expected)
+        )
+    if highest >= len(labels):
+        expected = f"at least {highest + 1}, for {path} has the label {highest}"
+        raise LapsValueError(_check.message(OPERATION, "labels have too few names", expected, len(labels)))
 
 
 def _as_it_is(rows: Tensor) -> Tensor:

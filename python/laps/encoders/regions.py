@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._modes import eval_mode
 from ..data.regions import BOX, LABEL
 from ..data.tokenizer import CaptionTokenizer
 from ..errors import LapsValueError
@@ -34,7 +35,8 @@ class RegionBackbone(DescribedBackbone):
         position: whether p is there.
 
     Raises:
-        LapsValueError, LapsTypeError: a size < 1. In `forward` LapsValueError: a label that has no embedding.
+        LapsValueError, LapsTypeError: a size < 1. In `forward` LapsValueError: a label that has no embedding;
+            on a GPU, where looking costs time, its image becomes NaN.
 
     Source: CPFEAN's description (arXiv 2311.02183); without labels as in SCAN, CHAN, HREM on regions.
 
@@ -97,6 +99,12 @@ class RegionBackbone(DescribedBackbone):
                 _check.message("RegionBackbone", "the config has other keys", "its arguments", error)
             ) from None
 
+    def gradient_checkpointing_enable(self, options: object = None) -> None:
+        """There is nothing to recompute; so that the text encoder's can be asked for."""
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As `gradient_checkpointing_enable`."""
+
     def forward(self, regions: Tensor) -> Tensor:
         """(B, K, D + 5) to (B, K, D + 5 + E)."""
         parts = [regions[..., : self.feature_dim]]
@@ -116,7 +124,8 @@ class RegionBackbone(DescribedBackbone):
                     int(numbers.max()),
                 )
             )
-        prior = self.labels[numbers.clamp(min=0)] * (numbers >= 0)[..., None]
+        prior = self.labels[numbers.clamp(0, len(self.labels) - 1)] * (numbers >= 0)[..., None]
+        prior = prior.masked_fill((numbers >= len(self.labels))[..., None], torch.nan)
         return torch.cat([*parts, prior.to(regions.dtype)], -1)
 
 
@@ -126,7 +135,7 @@ def label_embeddings(labels: Sequence[str], text_encoder: TextEncoder, tokenizer
 
     Args:
         labels: such as ``["person", "traffic light"]``, in the order of their numbers.
-        text_encoder: its backbone is asked, as it is now; E is the backbone's own size.
+        text_encoder: its backbone is asked, as it is now but in eval mode; E is the backbone's own size.
         tokenizer: of that backbone.
 
     Raises:
@@ -135,11 +144,12 @@ def label_embeddings(labels: Sequence[str], text_encoder: TextEncoder, tokenizer
     tokens = tokenizer.encode(list(labels))
     parameter = next(text_encoder.parameters())
     rows = []
-    for ids, length in zip(tokens.input_ids, tokens.lengths.tolist(), strict=True):
-        ids = ids[None, :length].to(parameter.device)
-        one = text_encoder._tokens_of(text_encoder.backbone, ids, torch.tensor([length]))
-        # Without start and end.
-        rows.append(one[0, 1:-1].float().mean(0).cpu())
+    with eval_mode(text_encoder):
+        for ids, length in zip(tokens.input_ids, tokens.lengths.tolist(), strict=True):
+            ids = ids[None, :length].to(parameter.device)
+            one = text_encoder._tokens_of(text_encoder.backbone, ids, torch.tensor([length]))
+            # Without start and end.
+            rows.append(one[0, 1:-1].float().mean(0).cpu())
     return torch.stack(rows)
 
 
