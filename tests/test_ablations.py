@@ -33,6 +33,7 @@ SOME: list[dict[str, Any]] = [
     {"calibration": "none"},
     {"calibration": "clustering"},
     {"alignment": "scan"},
+    {"alignment": "relevance", "relevance_k": 4},
     {"words": "both"},
     {"calibration": "none", "alignment": "scan", "words": "selection", "word_ratio": 0.8},
     {"calibration": "clustering", "fusion": False, "words": "aggregation", "max_words": 6},
@@ -41,7 +42,11 @@ SOME: list[dict[str, Any]] = [
 
 def make(patches: int = 7, prefix: int = 1, **options: Any) -> LAPSHead:
     torch.manual_seed(0)
-    return LAPSHead(C, patches, 0.6, 0.5, num_prefix_tokens=prefix, **options)
+    head = LAPSHead(C, patches, 0.6, 0.5, num_prefix_tokens=prefix, **options)
+    if head.relevance is not None:  # its last layer begins at zero
+        for network in head.relevance.values():
+            torch.nn.init.normal_(network.fc2.weight)
+    return head
 
 
 def batch(patches: int = 7, prefix: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
@@ -104,6 +109,19 @@ def scan(tokens: Tensor, words: Tensor) -> Tensor:
     return torch.stack(found).mean()
 
 
+def relevance(head: LAPSHead, tokens: Tensor, words: Tensor) -> Tensor:
+    """SEPS, equation 5: a network of the k best matches of each direction, zeros where there are fewer."""
+    rows = reference.alignment_matrix(tokens, words, head.negative_slope)
+    added = []
+    assert head.relevance is not None
+    for direction, network in head.relevance.items():
+        lines = rows if direction == "patch_to_word" else list(zip(*rows, strict=True))
+        best = sorted((reference.largest(list(line)) for line in lines), key=lambda x: -x.item())
+        top = best[: head.relevance_k] + [tokens.sum() * 0] * (head.relevance_k - len(best))
+        added.append(network.fc2(torch.nn.functional.gelu(network.fc1(torch.stack(top))))[0])
+    return sum(added) / (2 if head.direction_reduction == "mean" and len(added) == 2 else 1)
+
+
 def plain(head: LAPSHead, tokens: Tensor, w: Tensor, image: int, caption: int, seed: int | None) -> Tensor:
     """The score of tokens (P + N, C) with the real words (l, C)."""
     p, n = head.num_prefix_tokens, head.num_patches
@@ -151,13 +169,16 @@ def plain(head: LAPSHead, tokens: Tensor, w: Tensor, image: int, caption: int, s
         w = torch.stack([logits[:, j].softmax(0) @ w for j in range(slots)])
     if head.alignment == "scan":
         return scan(torch.stack(u), w)
-    return reference.alignment(
+    score = reference.alignment(
         torch.stack(u),
         w,
         directions=head.directions,
         direction_reduction=head.direction_reduction,
         negative_slope=head.negative_slope,
     )
+    if head.relevance is not None:
+        score = score + relevance(head, torch.stack(u), w)
+    return score
 
 
 def check(head: LAPSHead) -> None:
@@ -221,7 +242,10 @@ def test_the_paper_variant_and_its_sampling(options: dict[str, Any], sampling: s
     ],
     ids=str,
 )
-@pytest.mark.parametrize("options", [{"calibration": "none"}, {"calibration": "clustering", "words": "both"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"calibration": "none"}, {"calibration": "clustering", "words": "both"}, {"alignment": "relevance"}],
+)
 def test_beside_the_other_options(options: dict[str, Any], others: dict[str, Any]) -> None:
     if others == {"score": "dot"}:  # which only orders differently, as the default head's selection does
         dot, cosine = make(**options, **others).eval(), make(**options).eval()
@@ -316,6 +340,31 @@ def test_distributed_training_finds_a_gradient_for_every_parameter(row: str) -> 
     head = DistributedDataParallel(make(12, **TABLE_4[row]))
     for _ in range(2):  # the second step is where DDP complains about unused parameters
         head(*batch(12, dtype=torch.float32)).sum().backward()
+
+
+# ---- relevance
+
+
+def test_training_with_relevance_begins_at_the_score_of_laps() -> None:
+    torch.manual_seed(0)
+    usual = LAPSHead(C, 12, 0.6, 0.5)
+    head = LAPSHead(C, 12, 0.6, 0.5, alignment="relevance")
+    head.load_state_dict(usual.state_dict(), strict=False)
+    inputs = batch(12, dtype=torch.float32)
+    torch.testing.assert_close(head(*inputs), usual(*inputs), rtol=0, atol=1e-6)
+    head(*inputs).sum().backward()
+    assert head.relevance is not None
+    # As in any network whose last layer is zero, the first step is that layer's.
+    assert all(network.fc2.weight.grad.any() for network in head.relevance.values())
+
+
+def test_weights_of_half_precision_do_not_halve_the_scores_precision() -> None:
+    head = make(12, alignment="relevance")
+    images, words, lengths = batch(12, dtype=torch.float32)
+    exact = head(images, words, lengths)
+    half = head.bfloat16()(images.bfloat16(), words.bfloat16(), lengths)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
 
 
 # ---- the default head

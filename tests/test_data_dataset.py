@@ -48,7 +48,8 @@ def tokenizer(data: RetrievalData) -> CaptionTokenizer:
 
 @pytest.fixture
 def dataset(data: RetrievalData, tokenizer: CaptionTokenizer) -> CaptionDataset:
-    return CaptionDataset(data, tokenizer, TRANSFORM, seed=3)
+    dense = data.captions[: data.num_images]  # any texts, one for each image
+    return CaptionDataset(data, tokenizer, TRANSFORM, seed=3, dense_captions=dense)
 
 
 def batches(dataset: CaptionDataset, **options: Any) -> list[Batch]:
@@ -58,7 +59,8 @@ def batches(dataset: CaptionDataset, **options: Any) -> list[Batch]:
 def assert_equal(some: Iterable[Batch], others: Iterable[Batch]) -> None:
     for one, other in zip(some, others, strict=True):
         for name, tensor in vars(one).items():
-            assert torch.equal(tensor, getattr(other, name)), name
+            expected = getattr(other, name)
+            assert expected is None if tensor is None else torch.equal(tensor, expected), name
 
 
 def rows(some: Iterable[Batch]) -> Iterator[tuple[int, list[int], torch.Tensor]]:
@@ -86,12 +88,14 @@ def test_a_batch_holds_captions_with_their_images(data: RetrievalData, tokenizer
     with Image.open(data.image_paths[1]) as image:
         assert torch.equal(first.pixel_values[2], TRANSFORM.eval()(image))
     moved = first.to("meta")
-    assert {name: tensor.device.type for name, tensor in vars(moved).items()} == {
+    assert {name: None if tensor is None else tensor.device.type for name, tensor in vars(moved).items()} == {
         "pixel_values": "meta",
         "input_ids": "meta",
         "lengths": "cpu",
         "image_ids": "meta",
         "caption_ids": "meta",
+        "dense_ids": None,
+        "dense_lengths": None,
     }
 
 

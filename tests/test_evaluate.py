@@ -358,6 +358,32 @@ def test_a_head_of_embeddings_alone_needs_no_words(tokenizer: CaptionTokenizer, 
     assert result.rerank.metrics == result.rerank.embedding_metrics == result.metrics
 
 
+def test_global_scoring_is_the_product_of_the_embeddings(model: TinyModel, data: RetrievalData) -> None:
+    images, texts = all_at_once(model, data)
+    expected = (images.embedding @ texts.embedding.T).numpy()
+    result = evaluate(model, data, scoring="global", folds=2, progress=False)
+    assert model.seen["pairs"] == []
+    np.testing.assert_allclose(result.scores, expected, rtol=0, atol=1e-6)
+    assert result.metrics == pytest.approx(retrieval_metrics(expected, data.caption_to_image))
+    assert list(result.protocols()) == ["embeddings alone", "mean of 2 folds"]
+    # As the first stage of the two has it.
+    reranked = evaluate(model, data, rerank=1, progress=False).rerank
+    assert reranked is not None
+    assert result.metrics == pytest.approx(reranked.embedding_metrics)
+
+
+def test_global_scoring_of_a_trained_model_is_that_of_the_global_head(
+    tokenizer: CaptionTokenizer, data: RetrievalData
+) -> None:
+    laps_model = TinyModel(tokenizer)
+    global_model = TinyModel(tokenizer, GlobalHead(WIDTH, 16))
+    global_model.load_state_dict(laps_model.state_dict(), strict=False)
+    result = evaluate(laps_model, data, scoring="global", progress=False)
+    np.testing.assert_allclose(
+        result.scores, evaluate(global_model, data, progress=False).scores, rtol=0, atol=1e-6
+    )
+
+
 # ---- what is refused
 
 
@@ -448,6 +474,8 @@ def test_features_that_float16_cannot_hold_are_named(model: TinyModel, data: Ret
         ({"pair_chunk": 0}, "pair_chunk is out of range"),
         ({"folds": 17}, r"folds is out of range \(expected 1 <= folds <= B_v=16, got 17\)"),
         ({"rerank": 0}, "rerank is out of range"),
+        ({"scoring": "both"}, "scoring is unknown"),
+        ({"scoring": "global", "rerank": 3}, 'rerank with scoring="global"'),
         ({"feature_dtype": torch.int8}, "feature_dtype is unknown"),
     ],
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import laps.heads.cpfean
 import pytest
 import torch
 from _head_equations import CHANNELS, LENGTHS, check_equations, example
+from _models import make_batch, tiny_laps
 from laps import LapsValueError
 from laps.heads import PairHead, build_head
 from laps.heads.cpfean import CPFEANHead
@@ -385,6 +387,13 @@ def test_no_caption_of_the_same_image_is_a_negative() -> None:
     assert not torch.allclose(blind.log["gate_negative"], result.log["gate_negative"], atol=1e-4)
     assert torch.equal(blind.log["gate_positive"], result.log["gate_positive"])
     assert torch.equal(blind.scores, result.scores)
+
+
+def test_a_model_tells_the_head_which_images_its_rows_show() -> None:
+    model, batch = tiny_laps(head="cpfean"), make_batch()
+    values = model(replace(batch, image_ids=torch.full((4,), 3)))[1]
+    assert values["gate_negative"] == 0
+    assert model(batch)[1]["gate_negative"] > 0
 
 
 def test_an_image_without_negatives_is_left_out_of_the_mean_gate() -> None:

@@ -131,6 +131,24 @@ def test_rows_of_a_split_are_its_images(folder: Path) -> None:
         laps.data.load(folder, "dev")
 
 
+def test_rows_that_are_repeated_for_each_caption_are_one_image(folder: Path) -> None:
+    def rows(data: laps.data.RetrievalData) -> torch.Tensor:
+        return torch.stack([RegionTransform(K, D).open(path) for path in data.image_paths])
+
+    before = laps.data.load(folder, "test", regions=True)
+    expected, once = rows(before), np.load(folder / "test_ims.npy")
+    for end in ("ims", "boxes", "sizes", "labels"):
+        file = folder / f"test_{end}.npy"
+        np.save(file, np.load(file).repeat(5, axis=0))
+    data = laps.data.load(folder, "test", regions=True)
+    assert data.caption_to_image.tolist() == before.caption_to_image.tolist()
+    assert [path.name for path in data.image_paths] == ["0", "5", "10", "15"]
+    assert torch.equal(rows(data), expected)
+    # An image that comes back later is another one: `laps data check` tells of it.
+    np.save(folder / "test_ims.npy", once[[0, 1] * 10])
+    assert laps.data.load(folder, "test", regions=True).num_images == 20
+
+
 def test_tokens_are_a_map_of_features_position_and_label() -> None:
     table = torch.randn(3, 4)
     encoder = ImageEncoder(RegionBackbone(K, D, labels=table), embed_dim=7)

@@ -27,6 +27,7 @@ HELP = {
     "warmup_epochs": "0 or 1: in the first epoch all negatives count, and the loss rises from 0",
     "clip_norm": 'largest norm of the gradient; "none": any',
     "augment": 'probability that a word of a training caption is masked, replaced or deleted; "none" for 0',
+    "dense_weight": "what the loss with the --dense-captions counts",
     "amp": "bfloat16 autocast",
     "freeze_backbones": "train the projections and the head alone",
     "gradient_checkpointing": "less memory for more time in the backbones",

@@ -1,4 +1,4 @@
-"""The rows of the paper's Table 4, and those that take other steps than the method's own, in plain PyTorch.
+"""The rows of the paper's Table 4, and other steps in place of the method's own, in plain PyTorch.
 
 `laps.functional` knows the method with its options. What replaces a whole step (calibration, alignment, or
 what is done with the words) is here: selection, the weights of the tokens and the reduction are those of
@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import _check, functional
@@ -27,10 +28,10 @@ from .errors import LapsValueError
 from .heads.pairs import CHUNK, unit
 from .heads.scan import attention
 
-__all__ = ["TABLE_4", "Switches", "similarity"]
+__all__ = ["TABLE_4", "RelevanceNet", "Switches", "similarity"]
 
 CALIBRATIONS = ("aggregation", "none", "clustering")
-ALIGNMENTS = ("spa", "scan")
+ALIGNMENTS = ("spa", "scan", "relevance")
 WORDS = ("all", "selection", "aggregation", "both")
 
 LEAST_WORDS = 4  # that a selection keeps, and that an aggregation makes
@@ -71,7 +72,7 @@ class Switches:
 
     Attributes:
         calibration: ``"aggregation"``, ``"none"`` or ``"clustering"``.
-        alignment: ``"spa"`` or ``"scan"``.
+        alignment: ``"spa"``, ``"scan"`` or ``"relevance"``.
         words: ``"all"``, ``"selection"``, ``"aggregation"`` or ``"both"``.
         word_ratio: share of the words that are kept, in (0, 1].
         num_tokens: N_c, the number of clusters.
@@ -95,6 +96,45 @@ class Switches:
     @property
     def aggregates_words(self) -> bool:
         return self.words in ("aggregation", "both")
+
+
+class RelevanceNet(nn.Module):
+    """What the k best matches of one direction add to a score: Linear(GELU(Linear)) with 2k hidden units.
+
+    The last layer begins at zero, so that training begins at the score of LAPS.
+
+    Args:
+        k: >= 1.
+
+    Source: Mao et al., SEPS (arXiv 2511.01390), equation 5. The sizes and the zeros are ours: the paper
+    prints MLP(TOPK(.)), and its code has no such network.
+
+    Example:
+        >>> import laps, torch
+        >>> net = laps.ablations.RelevanceNet(5)
+        >>> net(torch.rand(2, 3, 9), torch.arange(9) < 7).tolist() == [[0, 0, 0], [0, 0, 0]]
+        True
+    """
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = _check.count("RelevanceNet", "k", k)
+        self.fc1, self.fc2 = nn.Linear(k, 2 * k), nn.Linear(2 * k, 1)
+        for parameter in self.fc2.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, best: Tensor, real: Tensor) -> Tensor:
+        """The best match of each word (or token), (..., L), of which some are real, to (...,).
+
+        Where fewer than k are real, the rest are zeros.
+        """
+        best = best.masked_fill(~real, -torch.inf)
+        top = best.topk(min(self.k, best.shape[-1]), dim=-1).values
+        top = F.pad(top.masked_fill(top == -torch.inf, 0.0), (0, self.k - top.shape[-1]))
+        # Scores are float32 at least, whatever the weights are.
+        hidden = F.linear(top, self.fc1.weight.to(top.dtype), self.fc1.bias.to(top.dtype))
+        output = F.linear(F.gelu(hidden), self.fc2.weight.to(top.dtype), self.fc2.bias.to(top.dtype))
+        return output[..., 0]
 
 
 def word_slots(length: int) -> int:
@@ -129,6 +169,7 @@ def similarity(
     prefix: Tensor | None = None,
     keep_prob: Tensor | None = None,
     word_logits: Tensor | None = None,
+    relevance: Mapping[str, nn.Module] | None = None,
     pairwise: bool = False,
     chunk: int | None = None,
     backend: str | None = None,
@@ -138,7 +179,8 @@ def similarity(
 
     Arguments as in :func:`laps.functional.similarity`; besides, `switches` says which steps are replaced,
     `logits` are None unless tokens are aggregated, `word_logits` (B_t, L, slots) are there if words are, at
-    padding with any values, `pairwise` scores image i with caption i only, and `chunk` None is 256 MiB.
+    padding with any values, `relevance` has a network for each direction if that is the alignment, `pairwise`
+    scores image i with caption i only, and `chunk` None is 256 MiB.
 
     Raises:
         LapsValueError: unequal sizes or devices, a length out of range, the native backend. LapsTypeError:
@@ -162,8 +204,8 @@ def similarity(
     texts = words.to(dtype), lengths, None if word_logits is None else word_logits.to(dtype)
     if chunk is None:
         chunk = sys.maxsize if core._traced(patches) else CHUNK
-    settings = switches, core.Options(**options)
-    image_step, text_step = _steps(images, texts, *settings, chunk, pairwise)
+    settings = switches, core.Options(**options), relevance
+    image_step, text_step = _steps(images, texts, *settings[:2], chunk, pairwise)
     if pairwise:
         own = [None if x is None else x[:, None] for x in texts]
         blocks = [(i, part[:4], i, part[4:]) for i, part in core._split(image_step, *images, *own)]
@@ -222,6 +264,7 @@ def _block(
     text_parts: tuple[Any, ...],
     switches: Switches,
     options: core.Options,
+    relevance: Mapping[str, nn.Module] | None,
 ) -> tuple[Tensor, Tensor]:
     """Scores and kept fractions (b, t) of images and captions numbered from these."""
     images = _images(first, options.score, *image_parts)
@@ -247,11 +290,12 @@ def _block(
     cosines = torch.cat(_products(parts, captions.units), dim=2) * presence[..., None]
     exists = presence.detach() > 0
     exists = torch.cat([exists[..., :1] | ~exists.any(-1, keepdim=True), exists[..., 1:]], dim=-1)
-    result = (
-        _scan(parts, cosines, presence, exists, captions)
-        if switches.alignment == "scan"
-        else _spa(cosines, exists, captions, options)
-    )
+    if switches.alignment == "scan":
+        result = _scan(parts, cosines, presence, exists, captions)
+    else:
+        result = _spa(cosines, exists, captions, options)
+        if relevance is not None:
+            result = result + _relevance(cosines, exists, captions, options, relevance)
     kept_fraction = decision.to(result.dtype).mean(-1)
     return torch.where(finite, result, torch.nan), torch.where(finite, kept_fraction, torch.nan)
 
@@ -415,6 +459,25 @@ def _spa(cosines: Tensor, exists: Tensor, captions: core.Captions, options: core
     order = exists.int().sort(dim=-1, descending=True, stable=True).indices
     cosines = cosines.take_along_dim(order[..., None], dim=2)
     return core._reduce(cosines, exists.sum(-1), captions, options)
+
+
+def _relevance(
+    cosines: Tensor,
+    exists: Tensor,
+    captions: core.Captions,
+    options: core.Options,
+    networks: Mapping[str, nn.Module],
+) -> Tensor:
+    """What the networks of the directions make (b, t) of the best matches, from u_m . w_j (b, t, M, L)."""
+    added = torch.zeros_like(cosines[..., 0, 0])
+    for direction, network in networks.items():
+        of_words = direction == "word_to_patch"
+        hidden = ~exists[..., None] if of_words else ~captions.real[:, :, None]
+        best = cosines.masked_fill(hidden, -torch.inf).max(2 if of_words else 3).values
+        best = F.leaky_relu(best, options.negative_slope)
+        added = added + network(best, captions.real if of_words else exists)
+    halve = options.directions == "both" and options.direction_reduction == "mean"
+    return added / 2 if halve else added
 
 
 def _scan(

@@ -73,6 +73,7 @@ def _train(options: argparse.Namespace) -> int:
     from ._device import choose_device
     from ._train_options import FROM_PRESET
     from .config import PRESETS
+    from .data import read_dense_captions
     from .data.regions import read_labels, require_fit
     from .model import LAPS
     from .train import Trainer
@@ -98,8 +99,9 @@ def _train(options: argparse.Namespace) -> int:
     # Where images may be skipped, the first may be one of them.
     if regions is not None and config.on_error == "raise":
         require_fit(regions, data.image_paths[0], labels)
+    dense = None if options.dense_captions is None else read_dense_captions(options.dense_captions, data)
     model = saved or _new_model(options, config.seed, labels)
-    trainer = Trainer(model, data, dev, options.out, config)
+    trainer = Trainer(model, data, dev, options.out, config, dense_captions=dense)
     if options.resume and not begun:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
@@ -248,6 +250,7 @@ def _eval(options: argparse.Namespace) -> int:
         feature_dtype=torch.float16 if options.half_features else None,
         folds=options.folds,
         rerank=options.rerank,
+        scoring=options.scoring,
         progress=not options.quiet,
     )
     print(result.table())
@@ -438,6 +441,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help='chooses the best epoch; "none" for the last one (default: dev)',
     )
+    parser.add_argument(
+        "--dense-captions",
+        type=Path,
+        metavar="FILE",
+        help="a longer text for each training image, which guides training alone: .json, .csv, .tsv, .jsonl",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     start = parser.add_mutually_exclusive_group()
     start.add_argument(
@@ -513,6 +522,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--folds", type=int, metavar="N", help="also the mean over N folds of the images; 5 for COCO 1K"
     )
     parser.add_argument("--rerank", type=int, metavar="K", help="also the two-stage form with K candidates")
+    parser.add_argument(
+        "--scoring",
+        choices=("head", "global"),
+        default="head",
+        help="by the model's head, or by one vector per image and per caption (default: head)",
+    )
     parser.add_argument(
         "--batch-size", type=int, default=64, metavar="N", help="images or captions at once (default: 64)"
     )

@@ -379,17 +379,31 @@ class LAPS(nn.Module, ModelHubMixin):
 
     # ---- training
 
-    def forward(self, batch: Batch, *, warmup: float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, *, warmup: float | None = None, dense_weight: float = 1.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and values to log (0-d tensors, detached).
 
         Args:
             batch: image i with caption i; several may show the same image.
             warmup: in the first epoch the share of its steps that are done; None afterwards.
+            dense_weight: what the loss of the images with the batch's dense captions counts, if it has any.
         """
         images = self.image_encoder(batch.pixel_values)
-        words = self.text_encoder(batch.input_ids, batch.lengths)
-        boxes = self._boxes(batch.pixel_values)
-        scored = self.head.training_scores(images, words, batch.lengths, **boxes)
+        loss, values = self._loss(batch, images, batch.input_ids, batch.lengths, warmup)
+        if batch.dense_ids is None or batch.dense_lengths is None:
+            return loss, values
+        dense, _ = self._loss(batch, images, batch.dense_ids, batch.dense_lengths, warmup)
+        loss = loss + dense_weight * dense
+        return loss, values | {"loss": loss.detach(), "dense_loss": dense.detach()}
+
+    def _loss(
+        self, batch: Batch, images: Tensor, input_ids: Tensor, lengths: Tensor, warmup: float | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the images' tokens with some captions of theirs, and values to log."""
+        words = self.text_encoder(input_ids, lengths)
+        ids = {"image_ids": batch.image_ids} if self.head.uses_image_ids else {}
+        scored = self.head.training_scores(images, words, lengths, **self._boxes(batch.pixel_values), **ids)
         loss, values = self.objective(
             scored.scores,
             batch.image_ids,

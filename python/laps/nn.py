@@ -25,6 +25,7 @@ SELECTIONS = ("text", "image", "none")
 ABLATION_OPTIONS = {
     "calibration": "aggregation",
     "alignment": "spa",
+    "relevance_k": 5,
     "words": "all",
     "word_ratio": 0.5,
     "max_words": 64,
@@ -315,7 +316,10 @@ class LAPSHead(SimilarityHead):
             no `aggregation`.
         alignment: ``"spa"``, or ``"scan"``: the cosine of each word with the mean of the tokens that it
             attends to, averaged over the words. SCAN has its own leaky ReLU (0.1) and temperature (9), and
-            one direction.
+            one direction. ``"relevance"``, of later work (SEPS, arXiv 2511.01390): SPA, and in each direction
+            what a small network makes of the `relevance_k` best matches
+            (:class:`laps.ablations.RelevanceNet`); these scores have no bound.
+        relevance_k: how many, >= 1.
         words: ``"all"``; ``"selection"``: per pair the ceil(word_ratio * l) words with the highest cosine to
             the mean of the words plus cosine to the mean of the patches, at least 4, the first ([CLS]) always
             among them; ``"aggregation"``: max(4, int(0.75 l)) words made of the l words by another network of
@@ -336,7 +340,8 @@ class LAPSHead(SimilarityHead):
 
     Parameters in the state dict: ``aggregation.scale``, ``aggregation.norm.*``, ``aggregation.fc1.*``,
     ``aggregation.fc2.*``; the paper variant adds ``score.norm.*``, ``score.fc1.*``, ``score.fc2.*``,
-    aggregated words ``word_aggregation.*`` as ``aggregation.*``.
+    aggregated words ``word_aggregation.*`` as ``aggregation.*``, relevance ``relevance.{direction}.fc1.*``
+    and ``.fc2.*``.
 
     Raises:
         LapsValueError, LapsTypeError: an argument out of its range; N_c < 1; the native backend with what
@@ -355,6 +360,7 @@ class LAPSHead(SimilarityHead):
     aggregation: PatchCalibration  # unless another calibration takes its place
     score: PatchScore | None
     word_aggregation: PatchCalibration | None
+    relevance: nn.ModuleDict | None
 
     def __init__(
         self,
@@ -372,6 +378,7 @@ class LAPSHead(SimilarityHead):
         fusion: bool = True,
         calibration: str = "aggregation",
         alignment: str = "spa",
+        relevance_k: int = 5,
         words: str = "all",
         word_ratio: float = 0.5,
         max_words: int = 64,
@@ -405,6 +412,7 @@ class LAPSHead(SimilarityHead):
         self.fusion = _check.flag(operation, "fusion", fusion)
         self.calibration = _check.choice(operation, "calibration", calibration, ablations.CALIBRATIONS)
         self.alignment = _check.choice(operation, "alignment", alignment, ablations.ALIGNMENTS)
+        self.relevance_k = _check.count(operation, "relevance_k", relevance_k)
         self.words = _check.choice(operation, "words", words, ablations.WORDS)
         self.word_ratio = _check.number(operation, "word_ratio", word_ratio, 0.0, 1.0, open_low=True)
         self.max_words = _check.count(operation, "max_words", max_words)
@@ -436,12 +444,17 @@ class LAPSHead(SimilarityHead):
         if self._switches.aggregates_words:
             slots = ablations.word_slots(self.max_words)
             self.word_aggregation = PatchCalibration(self.embed_dim, slots, backend=backend)
+        self.relevance = None
+        if self.alignment == "relevance":
+            ways = ("word_to_patch", "patch_to_word") if self.directions == "both" else (self.directions,)
+            self.relevance = nn.ModuleDict({way: ablations.RelevanceNet(self.relevance_k) for way in ways})
 
     @property
     def max_score(self) -> float:
-        """2 for the sum of two directions, each a mean of cosines; else 1."""
-        summed = (self.alignment, self.directions, self.direction_reduction) == ("spa", "both", "sum")
-        return 2.0 if summed else 1.0
+        """2 for the sum of two directions, each a mean of cosines; else 1. What a relevance net adds may
+        exceed it."""
+        summed = (self.directions, self.direction_reduction) == ("both", "sum")
+        return 2.0 if summed and self.alignment != "scan" else 1.0
 
     @property
     def num_tokens(self) -> int:
@@ -706,6 +719,7 @@ class LAPSHead(SimilarityHead):
             **arguments,
             switches=switches,
             word_logits=self._word_logits(arguments["words"], arguments["word_lengths"]),
+            relevance=None if self.relevance is None else dict(self.relevance.items()),
             pairwise=function is F.similarity_pairwise,
         )
         return (scores, kept_fraction) if return_kept_fraction else scores

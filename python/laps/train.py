@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,17 @@ class Trainer:
         dev_data: what to choose the best epoch by; None: the last epoch counts as the best.
         folder: of the run.
         config: options; None for the published recipe.
+        dense_captions: a longer text for each image of `train_data`, in its order, of
+            :func:`laps.data.read_dense_captions`; or None. The images are then also trained with these, by
+            the same loss. It guides training alone: evaluation knows the captions and nothing else.
 
     Raises:
         LapsValueError: the model has no tokenizer, a missing image, a damaged dev image or a caption without
             tokens (unless ``on_error="skip"``, which leaves them out and warns with the numbers), fewer
             captions than one batch, or the folder holds another run.
 
-    Source: section "Loss and recipe".
+    Source: section "Loss and recipe". Dense captions: in the spirit of SEPS (arXiv 2511.01390) and D2S-VSE,
+    without their use at test time.
     """
 
     def __init__(
@@ -138,6 +142,8 @@ class Trainer:
         dev_data: RetrievalData | None,
         folder: str | Path,
         config: TrainConfig | None = None,
+        *,
+        dense_captions: Sequence[str] | None = None,
     ) -> None:
         self.config = config or TrainConfig()
         if model.tokenizer is None:
@@ -148,7 +154,11 @@ class Trainer:
         augment = _augment(self.config.augment, model.tokenizer)
         # Before the first epoch, not in the midst of it. Reading all training images would take too long.
         on_error, shown = self.config.on_error, self.config.progress
+        given = train_data.image_paths
         train_data = usable("Trainer", train_data, model.tokenizer, on_error=on_error, read_images=False)
+        if dense_captions is not None and len(dense_captions) == len(given):
+            text_of = dict(zip(given, dense_captions, strict=True))
+            dense_captions = [text_of[path] for path in train_data.image_paths]
         if train_data.num_captions < self.config.batch_size:
             raise LapsValueError(
                 _check.message(
@@ -176,6 +186,7 @@ class Trainer:
             seed=self.config.seed,
             augment=augment,
             on_error=self.config.on_error,
+            dense_captions=dense_captions,
         )
         self.sampler = EpochSampler(len(self.dataset), self.config.seed)
         self.steps_per_epoch = len(self.dataset) // self.config.batch_size
@@ -319,7 +330,7 @@ class Trainer:
             warmup = (progress.batch + 1) / self.steps_per_epoch
         moved = batch.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.amp):
-            loss, values = self.model(moved, warmup=warmup)
+            loss, values = self.model(moved, warmup=warmup, dense_weight=config.dense_weight)
         self._require_finite("loss", loss.detach(), batch)
         return loss, values
 
@@ -424,6 +435,7 @@ class Trainer:
             "transform": self.model.transform.to_dict(),
             "train_data": describe_data(self.train_data),
             "dev_data": None if self.dev_data is None else describe_data(self.dev_data),
+            "dense_captions": _digest(self.dataset.dense_captions),
         }
         plain: dict[str, Any] = json.loads(json.dumps(described))
         return plain
@@ -540,6 +552,12 @@ def describe_data(data: RetrievalData) -> dict[str, Any]:
         content.update(f"{image} {caption}\n".encode())
     counts = {"images": data.num_images, "captions": data.num_captions}
     return {"name": data.name, **counts, "content": content.hexdigest()[:16]}
+
+
+def _digest(texts: Sequence[str] | None) -> str | None:
+    if texts is None:
+        return None
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _describe_tokenizer(tokenizer: CaptionTokenizer) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class TrainConfig:
         clip_norm: the gradient's largest norm, or None.
         augment: probability that a word of a training caption is masked, replaced or deleted; None: 0.2, or 0
             for a tokenizer without a mask token (CLIP's), with which only 0 is possible.
+        dense_weight: what the loss of the images with their dense captions counts, >= 0, where the trainer is
+            given dense captions.
         amp: bfloat16 autocast.
         freeze_backbones: train the projections and the head alone; False leaves to the model what it trains.
         gradient_checkpointing: less memory for more time in the backbones.
@@ -64,6 +66,7 @@ class TrainConfig:
     warmup_epochs: int = 1
     clip_norm: float | None = 2.0
     augment: float | None = None
+    dense_weight: float = 1.0
     amp: bool = False
     freeze_backbones: bool = False
     gradient_checkpointing: bool = False
@@ -84,7 +87,7 @@ class TrainConfig:
             _check.count(operation, name, getattr(self, name))
         for name in ("seed", "num_workers", "warmup_epochs"):
             _check.count(operation, name, getattr(self, name), 0)
-        for name in ("learning_rate", "backbone_lr_ratio", "weight_decay", "gamma"):
+        for name in ("learning_rate", "backbone_lr_ratio", "weight_decay", "gamma", "dense_weight"):
             _check.number(operation, name, getattr(self, name), 0.0)
         if self.augment is not None:
             _check.number(operation, "augment", self.augment, 0.0, 1.0)

@@ -3,6 +3,7 @@
 - :func:`load` and the ``read_*`` functions: any supported format to a :class:`RetrievalData`;
 - :class:`CaptionTokenizer`, :class:`ImageTransform`, :func:`open_image`: text to ids, image files to pixels;
 - :class:`CaptionDataset`, :class:`ImageDataset`: PyTorch datasets of these, for any DataLoader;
+- :func:`read_dense_captions`: a second, longer text for each training image;
 - :mod:`laps.data.phrases`: phrases of captions with the boxes that they name, for :mod:`laps.grounding`;
 - :func:`check`: what is wrong with a data set;
 - :func:`make_scenes`: a data set of drawn scenes, to try all of it without a download.
@@ -11,6 +12,7 @@
 from . import phrases
 from .check import CheckReport, check
 from .dataset import Batch, CaptionDataset, ImageDataset
+from .dense import read_dense_captions
 from .formats import load, read_caption_files, read_karpathy, read_pairs
 from .images import open_image
 from .records import RetrievalData
@@ -35,6 +37,7 @@ __all__ = [
     "open_image",
     "phrases",
     "read_caption_files",
+    "read_dense_captions",
     "read_karpathy",
     "read_pairs",
 ]

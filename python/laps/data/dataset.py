@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -38,6 +38,8 @@ class Batch:
         lengths: (B,) int64, always on the CPU, where the head reads them without waiting for the device.
         image_ids: (B,) int64, which image of the data row i shows.
         caption_ids: (B,) int64, which caption of the data row i has.
+        dense_ids: (B, L') int64, padded: the dense captions of the images; None where there are none.
+        dense_lengths: (B,) int64, on the CPU, or None.
     """
 
     pixel_values: Tensor
@@ -45,32 +47,40 @@ class Batch:
     lengths: Tensor
     image_ids: Tensor
     caption_ids: Tensor
+    dense_ids: Tensor | None = None
+    dense_lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The batch on a device; the lengths stay on the CPU."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=non_blocking)
-            for field in fields(self)
-            if field.name != "lengths"
-        }
-        return Batch(lengths=self.lengths, **moved)
+        return self._map(
+            lambda name, tensor: tensor
+            if name.endswith("lengths")
+            else tensor.to(device, non_blocking=non_blocking)
+        )
 
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
-        return Batch(**{field.name: getattr(self, field.name).pin_memory() for field in fields(self)})
+        return self._map(lambda _, tensor: tensor.pin_memory())
+
+    def _map(self, change: Callable[[str, Tensor], Tensor]) -> Batch:
+        """The batch with other tensors in place of those that are there."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if x is None else change(name, x) for name, x in own.items()}
+        return Batch(**changed)
 
 
 @dataclass
 class Example:
-    """One caption with its image: pixels (3, S, S), token ids, and both indices."""
+    """One caption with its image: pixels (3, S, S), token ids, both indices, ids of the dense caption."""
 
     pixel_values: Tensor
     token_ids: list[int]
     image_id: int
     caption_id: int
+    dense_ids: list[int] | None = None
 
 
 def _shared(tensor: Tensor) -> Tensor:
@@ -126,6 +136,8 @@ class CaptionDataset(Dataset[Example | None]):
         augment: the probability that a word is changed; see :meth:`CaptionTokenizer.augment`.
         on_error: "raise" for an image that cannot be read or a caption without tokens, "skip" to warn once
             for each and go on without.
+        dense_captions: a longer text for each image of `data`, in its order, of
+            :func:`read_dense_captions`; augmented as captions are. Or None.
 
     Raises:
         LapsValueError, LapsTypeError: a wrong argument; augmentation with a vocabulary without mask token.
@@ -155,6 +167,7 @@ class CaptionDataset(Dataset[Example | None]):
         train: bool = True,
         augment: float = 0.2,
         on_error: str = "raise",
+        dense_captions: Sequence[str] | None = None,
     ) -> None:
         operation = "CaptionDataset"
         self.data, self.tokenizer = data, tokenizer
@@ -169,6 +182,16 @@ class CaptionDataset(Dataset[Example | None]):
             )
         self._images = _Images(operation, data.image_paths, transform, on_error)
         self._to_pixels = transform.train() if train else transform.eval()
+        if dense_captions is not None and len(dense_captions) != data.num_images:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    "dense_captions does not fit",
+                    f"{data.num_images} texts, one per image",
+                    len(dense_captions),
+                )
+            )
+        self.dense_captions = None if dense_captions is None else list(dense_captions)
         self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
@@ -197,10 +220,14 @@ class CaptionDataset(Dataset[Example | None]):
         if image is None:
             return None
         words, pixels = self._seeds(t)
+        generator, dense_ids, text = random.Random(words), None, f"caption {t}"
         try:
-            token_ids = self.tokenizer.augment(self.data.captions[t], random.Random(words), self.augment)
+            token_ids = self.tokenizer.augment(self.data.captions[t], generator, self.augment)
+            if self.dense_captions is not None:
+                text = f"the dense caption of image {image_id}"
+                dense_ids = self.tokenizer.augment(self.dense_captions[image_id], generator, self.augment)
         except LapsValueError as error:
-            message = f"CaptionDataset: caption {t} of {self.data.name}: {error}"
+            message = f"CaptionDataset: {text} of {self.data.name}: {error}"
             if not self._images.skip:
                 raise LapsValueError(message) from error
             if not self._blank[t]:
@@ -210,7 +237,7 @@ class CaptionDataset(Dataset[Example | None]):
         # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(pixels)
-            return Example(self._to_pixels(image), token_ids, image_id, t)
+            return Example(self._to_pixels(image), token_ids, image_id, t, dense_ids)
 
     def _seeds(self, t: int) -> tuple[int, int]:
         """One seed for the caption and one for the image."""
@@ -230,12 +257,16 @@ class CaptionDataset(Dataset[Example | None]):
                 )
             )
         input_ids, lengths = self.tokenizer.pad([example.token_ids for example in kept])
+        dense = [example.dense_ids for example in kept if example.dense_ids is not None]
+        dense_ids, dense_lengths = self.tokenizer.pad(dense) if dense else (None, None)
         return Batch(
             pixel_values=torch.stack([example.pixel_values for example in kept]),
             input_ids=input_ids,
             lengths=lengths,
             image_ids=torch.tensor([example.image_id for example in kept]),
             caption_ids=torch.tensor([example.caption_id for example in kept]),
+            dense_ids=dense_ids,
+            dense_lengths=dense_lengths,
         )
 
 

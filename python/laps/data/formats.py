@@ -106,7 +106,8 @@ def read_caption_files(
     Line t of ``{split}_caps.txt`` is caption t. ``{split}_ids.txt`` has the image id of each caption, or one
     id per image, where every image has the same number of captions, in order. ``id_mapping.json``, here or
     one folder up, gives each id's image file. With `regions` the images are the rows of ``{split}_ims.npy``
-    if that is there, each with equally many captions, in order, and neither ids nor mapping are needed.
+    if that is there, each with equally many captions, in order, and neither ids nor mapping are needed; of a
+    row for each caption, equal rows that follow each other are one image.
     """
     operation, folder = "read_caption_files", Path(folder)
     return _read(operation, "caption_files", folder, split, images, on_missing, on_empty, regions)

@@ -130,9 +130,13 @@ def parse_caption_files(operation: str, folder: Path, split: str, *, regions: bo
 
 
 def _parse_regions(operation: str, captions_file: Path, captions: list[str], regions: Path) -> Listing:
-    """Captions whose images are rows of a file of detector features: a row each, or some captions a row."""
+    """Captions whose images are rows of a file of detector features: a row each, or some captions a row.
+
+    Files of a row for each caption repeat the rows of an image, one after the other; it is one image then.
+    """
     try:
-        rows = len(np.load(regions, mmap_mode="r", allow_pickle=False))
+        features = np.load(regions, mmap_mode="r", allow_pickle=False)
+        rows = len(features)
     except (OSError, ValueError, TypeError, EOFError) as error:
         raise LapsValueError(
             _check.message(operation, f"{regions} cannot be read", "an array (images, K, D)", error)
@@ -150,10 +154,18 @@ def _parse_regions(operation: str, captions_file: Path, captions: list[str], reg
         f"{captions_file.parent.name}/{regions.name}", f"{captions_file}:{{}}", [regions.parent]
     )
     each = len(captions) // rows
+    row = 0
     for caption, text in enumerate(captions):
-        image = listing.add_image(f"{regions.name}/{caption // each}")
-        listing.add_caption(image, text, caption + 1)
+        if each > 1 or caption == 0 or not _same_row(features, caption - 1, caption):
+            row = caption // each
+        listing.add_caption(listing.add_image(f"{regions.name}/{row}"), text, caption + 1)
     return listing
+
+
+def _same_row(features: Any, one: int, other: int) -> bool:
+    """Whether two rows of (images, K, D) show the same image, by their first and last regions."""
+    ends = [0, -1] if features.ndim == 3 and features.shape[1] else []
+    return bool(ends) and bool(np.array_equal(features[one][ends], features[other][ends]))
 
 
 def _number(id_: str) -> str:
@@ -206,8 +218,7 @@ def parse_pairs(operation: str, path: Path) -> dict[str, Listing]:
 
 def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
     splits: dict[str, Listing] = {}
-    rows = _json_rows if file.suffix == ".jsonl" else _csv_rows
-    for line, row in rows(operation, file):
+    for line, row in pair_rows(operation, file):
         place = f"{file}:{line}"
         if "split" in row:
             split = field_of(operation, place, row, "split")
@@ -229,6 +240,12 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
         # Kept, so that a check sees it; a split that another file has is there already.
         found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}:{{}}", []))
     found.update(splits)
+
+
+def pair_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and cells of every row of a csv, tsv or JSONL file with `image` and `caption`."""
+    rows = _json_rows if file.suffix == ".jsonl" else _csv_rows
+    return rows(operation, file)
 
 
 def _json_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:

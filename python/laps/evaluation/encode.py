@@ -102,8 +102,11 @@ def encode_images(
     amp: bool,
     dtype: torch.dtype | None,
     progress: bool,
+    embeddings_only: bool = False,
 ) -> ImageFeatures:
     """All images of `data`, on the CPU, in `dtype` (None: as the model gives them).
+
+    With `embeddings_only` all else of the features is dropped as it comes.
 
     Raises:
         LapsValueError: an image that cannot be read, or whose features are not finite; with its path.
@@ -126,6 +129,8 @@ def encode_images(
         for indices, pixel_values in batches_of(batches):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=amp):
                 features = model.encode_image(pixel_values.to(model.device, non_blocking=True))
+            if embeddings_only:
+                features = ImageFeatures(features.embedding)
             for name, tensor in _tensors(features.to(dtype=dtype)).items():
                 if name not in kept:
                     # All at once: to join the batches at the end would take the memory twice.
@@ -147,8 +152,11 @@ def encode_captions(
     amp: bool,
     dtype: torch.dtype | None,
     progress: bool,
+    embeddings_only: bool = False,
 ) -> CaptionStore:
     """All captions of `data`, on the CPU, in `dtype` (None: as the model gives them).
+
+    With `embeddings_only` their words are dropped as they come.
 
     They are encoded in order of length, so that a batch has little padding.
 
@@ -180,7 +188,7 @@ def encode_captions(
                 )
             _refuse_captions(data, batch, "embedding", features.embedding)
             embedding[batch] = features.embedding.cpu()
-            if features.words is not None:
+            if features.words is not None and not embeddings_only:
                 if words is None:
                     size = (int(tokens.lengths.sum()), features.words.shape[2])
                     words = torch.empty(size, dtype=features.words.dtype)

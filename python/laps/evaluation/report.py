@@ -62,9 +62,10 @@ class Evaluation:
         return self.scores.size / seconds if seconds else None
 
     def protocols(self) -> dict[str, dict[str, float]]:
-        """The metrics of each protocol, by name: ``all``, and where asked ``mean of 5 folds``,
-        ``embeddings alone`` and ``rerank 100``."""
-        result = {"all": self.metrics}
+        """The metrics of each protocol, by name: ``all`` (``embeddings alone`` if that was the scoring), and
+        where asked ``mean of 5 folds``, ``embeddings alone`` and ``rerank 100``."""
+        alone = self.settings.get("scoring") == "global"
+        result = {"embeddings alone" if alone else "all": self.metrics}
         if self.folds is not None:
             result[f"mean of {self.settings['folds']} folds"] = self.folds
         if self.rerank is not None:

@@ -20,7 +20,7 @@ from ..errors import LapsTypeError, LapsValueError
 from ..metrics import fold_metrics, fold_slices, retrieval_metrics
 from ..ranking import CaptionMap
 from .encode import RetrievalModel, encode_captions, encode_images
-from .pairs import PairScorer
+from .pairs import PairScorer, dot_product
 from .report import Evaluation
 from .rerank import Reranked
 from .rerank import rerank as run_rerank
@@ -29,6 +29,7 @@ __all__ = ["Evaluation", "Reranked", "RetrievalModel", "evaluate"]
 
 # About a second of the LAPS head on two cores; a GPU needs more work per launch.
 PAIRS_ON_CPU, PAIRS_ON_GPU = 2**15, 2**18
+SCORINGS = ("head", "global")
 FEATURE_DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -44,6 +45,7 @@ def evaluate(
     pair_chunk: int | None = None,
     folds: int | None = None,
     rerank: int | None = None,
+    scoring: str = "head",
     progress: bool = True,
 ) -> Evaluation:
     """Score all images of `data` against all its captions, and measure retrieval both ways.
@@ -68,6 +70,9 @@ def evaluate(
             captions.
         rerank: K, also measure the two-stage form (see :class:`Reranked`): global embeddings nominate the K
             best captions of each image and the K best images of each caption, the model ranks these.
+        scoring: ``"head"``, or ``"global"``: the cosine of one vector per image and one per caption, the
+            embeddings that the head's features have (means of patches and words), whatever the model was
+            trained with. Memory and time of a global-embedding model; what it loses is the user's to see.
         progress: show progress bars, on a terminal or in a notebook.
 
     Returns:
@@ -92,6 +97,11 @@ def evaluate(
     num_workers = _check.count(operation, "num_workers", num_workers, 0)
     amp, progress = _check.flag(operation, "amp", amp), _check.flag(operation, "progress", progress)
     rerank = None if rerank is None else _check.count(operation, "rerank", rerank)
+    alone = _check.choice(operation, "scoring", scoring, SCORINGS) == "global"
+    if alone and rerank is not None:
+        raise LapsValueError(
+            _check.message(operation, 'rerank with scoring="global"', 'scoring="head", or no rerank', rerank)
+        )
     if not isinstance(data, RetrievalData):
         raise LapsTypeError(
             _check.message(operation, "data has the wrong type", "RetrievalData", _check.name_of(data))
@@ -124,6 +134,7 @@ def evaluate(
             "pair_chunk": pair_chunk,
             "folds": folds,
             "rerank": rerank,
+            "scoring": scoring,
             "version": __version__,
         }
         with _timed(seconds, "images"):
@@ -134,14 +145,22 @@ def evaluate(
                 num_workers=num_workers,
                 amp=amp,
                 dtype=feature_dtype,
+                embeddings_only=alone,
                 progress=progress,
             )
         with _timed(seconds, "captions"):
             captions = encode_captions(
-                model, data, batch_size=batch_size, amp=amp, dtype=feature_dtype, progress=progress
+                model,
+                data,
+                batch_size=batch_size,
+                amp=amp,
+                dtype=feature_dtype,
+                embeddings_only=alone,
+                progress=progress,
             )
         with _timed(seconds, "pairs"):
-            scores = scorer.all_pairs(model.similarity, images, captions, "score pairs")
+            score = dot_product if alone else model.similarity
+            scores = scorer.all_pairs(score, images, captions, "score pairs")
         with _timed(seconds, "metrics"):
             metrics = retrieval_metrics(scores, data.caption_to_image)
             fold_means = None if folds is None else fold_metrics(scores, data.caption_to_image, folds)
