@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import laps.heads.base
 import pytest
 import torch
 
@@ -17,3 +18,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def own_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads that a test registers are forgotten after it."""
+    monkeypatch.setattr(laps.heads.base, "_HEADS", dict(laps.heads.base._HEADS))

@@ -141,6 +141,7 @@ def test_the_global_head_pools_the_first_tokens_if_asked() -> None:
     torch.testing.assert_close(scores(GlobalHead(C, N, pooling="first")), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.usefixtures("own_heads")
 def test_a_head_of_ones_own_is_known_by_its_name_once_and_for_all() -> None:
     class Ones(GlobalHead):
         def similarity(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:

@@ -37,6 +37,7 @@ def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("own_heads")
 @pytest.mark.parametrize(
     ("name", "line", "code"), python_blocks(), ids=lambda value: str(value).split("\n")[0][:20]
 )
