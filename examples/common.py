@@ -8,6 +8,7 @@ from pathlib import Path
 
 import laps
 import torch
+from laps.config import PRESETS
 from laps.data import CaptionDataset, CaptionTokenizer, ImageTransform, RetrievalData
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
@@ -31,12 +32,19 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def open_data(options: argparse.Namespace) -> Iterator[Splits]:
     """The splits train, dev and test; drawn scenes are gone after the block."""
+    regions = options.preset in PRESETS and PRESETS[options.preset].regions
+    if regions and not options.data:
+        raise SystemExit(
+            f"--preset {options.preset} takes regions of a detector, and scenes have none: give --data"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         held_out = max(8, options.scenes // 5)
         path = options.data or laps.data.make_scenes(
             scratch, num_train=options.scenes, num_dev=held_out, num_test=held_out
         )
-        train, dev, test = (laps.data.load(path, split) for split in ("train", "dev", "test"))
+        train, dev, test = (
+            laps.data.load(path, split, regions=regions) for split in ("train", "dev", "test")
+        )
         yield train, dev, test
 
 

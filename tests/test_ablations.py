@@ -358,6 +358,11 @@ def test_training_with_relevance_begins_at_the_score_of_laps() -> None:
     assert all(network.fc2.weight.grad.any() for network in head.relevance.values())
 
 
+def test_relevance_of_more_matches_than_captions_have_words_is_refused() -> None:
+    with pytest.raises(LapsValueError, match=r"k is out of range .expected k <= 1024, got 100000000"):
+        LAPSHead(C, 12, alignment="relevance", relevance_k=100_000_000)
+
+
 def test_weights_of_half_precision_do_not_halve_the_scores_precision() -> None:
     head = make(12, alignment="relevance")
     images, words, lengths = batch(12, dtype=torch.float32)

@@ -160,6 +160,9 @@ def test_published_figures_are_those_of_the_paper() -> None:
         ({"nonsense": 1}, "unknown names.*nonsense"),
         ({"regions": {"num_regions": 3}}, "regions with a model of pixels"),
         ({"regions": {"colour": 3}}, "regions has unknown names.*colour"),
+        ({"regions": {"num_regions": "4"}}, "num_regions of regions is no integer"),
+        ({"regions": {"feature_dim": 0}}, "feature_dim of regions is out of range"),
+        ({"regions": {"labels": 3}}, "labels of regions are no file"),
         ({"model": "region-36"}, "scenes have pixels"),
     ],
 )

@@ -409,3 +409,14 @@ def test_too_small_a_vocabulary_is_refused_with_the_least_size() -> None:
     assert CaptionTokenizer.train(["ab ba"], vocab_size=9).vocab_size == 9
     with pytest.raises(LapsValueError, match="max_length"):
         CaptionTokenizer.train(["ab ba"], vocab_size=9, max_length=2)
+
+
+def test_half_a_surrogate_pair_is_refused_with_the_caption() -> None:
+    tokenizer = CaptionTokenizer.train(["a red cat"], vocab_size=60)
+    caption = json.loads('"a \\ud83d cat"')
+    message = r"a caption is no text .expected valid Unicode, got 'a \\ud83d cat'"
+    with pytest.raises(LapsValueError, match=message):
+        tokenizer.encode([caption])
+    with pytest.raises(LapsValueError, match=message):
+        tokenizer.count(caption)
+    assert tokenizer.count("a cat") == 4

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from _models import scenes, tiny_laps
-from laps import LapsValueError
+from laps import LapsTypeError, LapsValueError
 from laps.cli import main
 from laps.data import CaptionDataset, CaptionTokenizer, RetrievalData, read_dense_captions
 from laps.train import TrainConfig, Trainer
@@ -76,6 +76,23 @@ def test_every_format_gives_the_texts_in_the_order_of_the_images(tmp_path: Path,
     assert read_dense_captions(file, data) == ["of train", "a, with a comma", "of val"]
 
 
+def test_a_whole_path_or_the_photograph_of_a_file_of_regions_is_a_name_too(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.jpg", Path("regions/b.c.npz"), Path("regions/train_ims.npy/7")]
+    data = RetrievalData(paths, ["one", "two", "three"], [0, 1, 2])
+    names = [str(tmp_path / "a.jpg"), "b.c.jpg", "train_ims.npy/7"]
+    file = write(tmp_path / "dense.csv", names, ["of a", "of b", "of row 7"])
+    assert read_dense_captions(file, data) == ["of a", "of b", "of row 7"]
+
+
+def test_a_name_that_fits_two_images_is_refused(tmp_path: Path) -> None:
+    data = RetrievalData([Path("train/1.jpg"), Path("val/1.jpg")], ["one", "two"], [0, 1])
+    file = write(tmp_path / "dense.jsonl", ["1.jpg"], ["text"])
+    with pytest.raises(LapsValueError, match=r"1\.jpg fits several images .*got train/1\.jpg and val/1\.jpg"):
+        read_dense_captions(file, data)
+    write(file, ["1.jpg", "val/1.jpg"], ["of train", "of val"])
+    assert read_dense_captions(file, data) == ["of train", "of val"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -86,6 +103,8 @@ def test_every_format_gives_the_texts_in_the_order_of_the_images(tmp_path: Path,
             '[{"image": "a.jpg", "caption": "x"}, {"image": "./a.jpg", "caption": "y"}]',
             "second text of a.jpg",
         ),
+        ('{"a.jpg": "one", "b.jpg": "two", "a.jpg": "three"}', "names 'a.jpg' twice"),
+        ("[" * 100_000, "cannot be read"),
         ('"text"', "lists nothing"),
         ("{", "is malformed"),
     ],
@@ -153,10 +172,15 @@ def test_texts_that_do_not_fit_are_refused(
         CaptionDataset(data[0], tokenizer, model.transform, dense_captions=texts[:1])
     with pytest.raises(LapsValueError, match=message):
         Trainer(model, data[0], None, tmp_path, TrainConfig(**OPTIONS), dense_captions=texts[:1])
-    blank = CaptionDataset(data[0], tokenizer, model.transform, dense_captions=[" ", *texts[1:]])
-    first = int(data[0].captions_of(0)[0])
-    with pytest.raises(LapsValueError, match="the dense caption of image 0 of"):
-        blank[first]
+    for unseen in (" ", "\ufffd"):
+        given = [*texts[:-1], unseen]
+        with pytest.raises(LapsValueError, match=r"the dense caption of .*\.jpg has no token"):
+            CaptionDataset(data[0], tokenizer, model.transform, dense_captions=given)
+        with pytest.raises(LapsValueError, match="Trainer: the dense caption of"):
+            Trainer(model, data[0], None, tmp_path, TrainConfig(**OPTIONS), dense_captions=given)
+    for wrong in ("a" * len(texts), [None] * len(texts)):
+        with pytest.raises(LapsTypeError, match=r"dense_captions is wrong .expected a list of strings"):
+            CaptionDataset(data[0], tokenizer, model.transform, dense_captions=wrong)  # type: ignore[arg-type]
 
 
 # ---- the loss
@@ -199,6 +223,27 @@ def test_other_heads_train_with_them_too(
     assert values["loss"] > values["dense_loss"]
 
 
+def test_hrem_counts_a_batch_with_dense_captions_once(
+    data: tuple[RetrievalData, RetrievalData], texts: list[str], tokenizer: CaptionTokenizer
+) -> None:
+    model = tiny_laps(tokenizer=tokenizer, head="hrem", num_heads=2, interaction_start=2).train()
+    dataset = CaptionDataset(data[0], tokenizer, model.transform, dense_captions=texts)
+    batch = dataset.collate([dataset[t] for t in (0, 5, 11, 12)])
+    interactions = []
+    original = model.head.training_scores
+
+    def watched(*arguments: Any) -> Any:
+        result = original(*arguments)
+        interactions.append(bool(result.loss_scores))
+        return result
+
+    model.head.training_scores = watched  # type: ignore[method-assign]
+    for _ in range(3):
+        model(batch)
+    assert int(model.head.steps) == 3
+    assert interactions == [False, False, False, False, True, True]
+
+
 # ---- runs
 
 
@@ -234,6 +279,9 @@ def test_images_that_are_left_out_take_their_texts_with_them(
     with pytest.warns(UserWarning, match="skipped 1 of"):
         trainer = Trainer(model, gap, None, tmp_path / "run", config, dense_captions=texts)
     assert trainer.dataset.dense_captions == texts[1:]
+    # As many texts as images are left are another image's each.
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(LapsValueError, match="does not fit"):
+        Trainer(model, gap, None, tmp_path / "other", config, dense_captions=texts[1:])
 
 
 def test_the_command_trains_with_a_file_of_them_and_evaluates_without(
@@ -262,6 +310,22 @@ def test_the_command_trains_with_a_file_of_them_and_evaluates_without(
     assert "rSum" in capsys.readouterr().out
     with pytest.raises(SystemExit):  # it has no such option
         main([str(x) for x in [*evaluation, "--dense-captions", file]])
+
+
+def test_a_run_without_them_does_not_depend_on_their_weight(
+    data: tuple[RetrievalData, RetrievalData], tokenizer: CaptionTokenizer, tmp_path: Path
+) -> None:
+    Trainer(tiny_laps(tokenizer=tokenizer), *data, tmp_path, TrainConfig(**OPTIONS)).fit()
+    described = json.loads((tmp_path / "config.json").read_text())
+    assert "dense_weight" not in described["train"]
+    config = TrainConfig(**OPTIONS, dense_weight=0.5)
+    Trainer(tiny_laps(tokenizer=tokenizer), *data, tmp_path, config).fit(resume=True)
+
+
+def test_the_command_refuses_a_weight_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["train", str(tmp_path), "--out", str(tmp_path / "run"), "--dense-weight", "0.5"]
+    assert main(run) == 2
+    assert "--dense-weight is given alone (expected --dense-captions too" in capsys.readouterr().err
 
 
 def test_the_command_names_the_file_that_does_not_fit(

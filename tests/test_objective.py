@@ -72,6 +72,9 @@ def test_a_comparison_may_set_the_cutoff(tmp_path: Path) -> None:
     objective = Objective.for_head(head, comparison.loss_of(comparison.rows[0]))
     assert (objective.name, objective.margin, objective.cutoff) == ("triplet", 0.2, 1.9)
     file.write_text(file.read_text().replace("1.9", "2.1"))
+    # No distance is smaller: nothing would be trained.
+    with pytest.raises(LapsValueError, match=r"cutoff is out of range .expected 0\.5 < cutoff <= 2"):
+        Objective("triplet", cutoff=0.5)
     with pytest.raises(LapsValueError, match="cutoff is out of range"):
         laps.compare.read(file)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +73,22 @@ def test_a_file_of_one_image(tmp_path: Path) -> None:
         ({"image_w": None}, "boxes outside of the image"),
         ({"boxes": np.full((K, 4), np.nan)}, "boxes outside of the image"),
         ({"features": np.array([{"a": 1}], dtype=object)}, "cannot be read"),
+        ({"features": np.full((K, D), 1 + 2j)}, "has features of the wrong dtype"),
+        ({"features": np.full((K, D), "1")}, "has features of the wrong dtype"),
+        ({"features": np.full((K, D), np.nan)}, "has features that are not finite"),
+        ({"features": np.full((K, D), 1e300)}, "has features that are not finite"),
+        ({"boxes": np.full((K, 4), "1")}, "has boxes of the wrong dtype"),
+        ({"boxes": np.full((K, 4), 1j)}, "has boxes of the wrong dtype"),
+        ({"labels": np.full(K, "person")}, "has labels of the wrong dtype"),
+        ({"labels": np.full(K, 2.7)}, r"has a label that is no number of one .*got 2\.7"),
+        ({"labels": np.full(K, -2)}, "has a label that is no number of one"),
+        ({"labels": np.full(K, np.nan)}, "has a label that is no number of one"),
+        ({"labels": np.full(K, 2**24 + 1)}, "has a label that is no number of one"),
+        ({"image_w": [40, 40]}, r"image_w and image_h are of shape \(2,\) and \(\)"),
+        ({"image_w": "40"}, "has a size of the wrong dtype"),
+        ({"image_w": -40, "image_h": -20, "boxes": np.full((K, 4), -9.0)}, "has a size that is none"),
+        ({"image_w": 0}, r"has a size that is none .*got \[0, 20\]"),
+        ({"image_w": np.nan}, "has a size that is none"),
     ],
 )
 def test_files_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -78,6 +97,77 @@ def test_files_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, Any]
         laps.LapsValueError, match=rf"odd\.npz .*{message}|odd\.npz cannot be read.*{message}"
     ):
         RegionTransform(K, D).open(file)
+
+
+def test_what_lies_beyond_the_first_regions_does_not_count(tmp_path: Path) -> None:
+    features = np.ones((K, D))
+    features[-1] = np.nan
+    archive(tmp_path / "a.npz", features=features, labels=np.array([0, 1, 2, 0, 9]))
+    assert RegionTransform(K - 1, D, num_labels=3).open(tmp_path / "a.npz").shape == (K - 1, D + 5)
+
+
+def damaged(path: Path, kind: str) -> Path:
+    """An archive that its reader cannot take."""
+    if kind == "a header that claims too much":
+        header = {"descr": "<f4", "fortran_order": False, "shape": (10**13, D)}
+        content = io.BytesIO()
+        np.lib.format.write_array_header_1_0(content, header)
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("features.npy", content.getvalue())
+        return path
+    archive(path, boxes=None, labels=None, image_w=None, image_h=None)
+    content_of_file = bytearray(path.read_bytes())
+    # The flags, or the method, of the entry and of its copy in the directory at the end.
+    for signature, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        at = content_of_file.index(signature) + flags
+        if kind == "encrypted":
+            content_of_file[at] |= 1
+        else:
+            content_of_file[at + 2] = 97
+    path.write_bytes(content_of_file)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["encrypted", "compressed otherwise", "a header that claims too much"])
+def test_archives_that_cannot_be_unpacked_are_named(tmp_path: Path, kind: str) -> None:
+    file = damaged(tmp_path / "odd.npz", kind)
+    with pytest.raises(laps.LapsValueError, match=r"odd\.npz cannot be read"):
+        RegionTransform(K, D).open(file)
+
+
+@pytest.mark.parametrize(
+    ("end", "array", "message"),
+    [
+        ("sizes", np.full((3, 2), "40"), "has a size of the wrong dtype"),
+        ("sizes", np.full(3, 40), r"has a size that is none .*got shape \(\)"),
+        ("sizes", np.full((3, 3), 40), "has a size that is none"),
+        ("sizes", -np.full((3, 2), 40), "has a size that is none"),
+        ("sizes", np.full((1, 2), 400), r"cannot be read .*dev_sizes\.npy: index 2"),
+        ("labels", np.full((3, K), "star"), "has labels of the wrong dtype"),
+        ("boxes", np.full((3, K, 4), 1j), "has boxes of the wrong dtype"),
+        ("ims", np.full((3, K, D), np.inf), "has features that are not finite"),
+    ],
+)
+def test_arrays_of_a_split_that_do_not_fit_are_named(
+    folder: Path, end: str, array: np.ndarray[Any, Any], message: str
+) -> None:
+    np.save(folder / f"dev_{end}.npy", array)
+    with pytest.raises(laps.LapsValueError, match=rf"dev_ims\.npy/2 {message}"):
+        RegionTransform(K, D).open(folder / "dev_ims.npy" / "2")
+
+
+def test_images_that_are_damaged_can_be_skipped(archives: Path, tmp_path: Path) -> None:
+    archive(archives / "images" / "train0.npz", image_w=[40, 40])
+    archive(archives / "images" / "train1.npz", features=np.full((K, D), np.nan))
+    damaged(archives / "images" / "train2.npz", "encrypted")
+    archive(archives / "images" / "train3.npz", labels=np.full(K, 3))
+    train = laps.data.load(archives, "train", regions=True)
+    options = {"epochs": 1, "batch_size": 30, "augment": 0.0, "num_workers": 0, "progress": False}
+    config = TrainConfig(**options, on_error="skip")
+    trainer = Trainer(model("vse", torch.randn(3, 4)), train, None, tmp_path / "run", config)
+    with pytest.warns(UserWarning, match=r"skipped: regions: .*train\d\.npz"):
+        trainer.fit()
+    assert [path.name for path in trainer.dataset.skipped_images] == [f"train{i}.npz" for i in range(4)]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:
@@ -149,6 +239,46 @@ def test_rows_that_are_repeated_for_each_caption_are_one_image(folder: Path) -> 
     assert laps.data.load(folder, "test", regions=True).num_images == 20
 
 
+def test_images_whose_first_and_last_regions_agree_are_two(folder: Path) -> None:
+    # Zeros follow where a detector found less, and the first region may be the whole image.
+    rows = np.load(folder / "test_ims.npy")
+    rows[:, [0, -1]] = 0
+    np.save(folder / "test_ims.npy", rows.repeat(5, axis=0))
+    assert laps.data.load(folder, "test", regions=True).num_images == 4
+
+
+def test_rows_are_found_in_the_folder_of_images(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = RegionTransform(K, D).open(laps.data.load(folder, "dev", regions=True).image_paths[1])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for file in folder.glob("*.npy"):
+        shutil.move(file, elsewhere / file.name)
+    for data in (
+        laps.data.load(folder, "dev", regions=True, images=elsewhere),
+        laps.data.read_caption_files(folder, "dev", elsewhere, regions=True),
+    ):
+        assert data.image_paths[1] == elsewhere / "dev_ims.npy" / "1"
+        assert torch.equal(RegionTransform(K, D).open(data.image_paths[1]), expected)
+    with pytest.raises(laps.LapsValueError, match=r"w_ims\.npy cannot be read|dev_ims\.npy cannot be read"):
+        laps.data.load(folder, "dev", regions=True)
+    with pytest.raises(laps.LapsValueError, match=r"elsewhere/dev_ims\.npy has regions of a detector"):
+        laps.data.load(folder, "dev", images=elsewhere)
+    check = ["data", "check", folder, "--regions", *SIZES, "--images", elsewhere]
+    status, output, error = called(capsys, *check)
+    assert (status, error) == (0, "")
+    assert "dev: 3 images, 15 captions" in output
+
+
+@pytest.mark.parametrize("name", [".", "a/..", ".."])
+def test_a_file_without_a_name_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "test.csv").write_text(f"image,caption\nb.jpg,a dog\n{name},a cat\n")
+    archive(tmp_path / "b.npz")
+    with pytest.raises(laps.LapsValueError, match=r"test\.csv:3 names \.+ \(expected the name of a file"):
+        laps.data.load(tmp_path, "test", regions=True)
+
+
 def test_tokens_are_a_map_of_features_position_and_label() -> None:
     table = torch.randn(3, 4)
     encoder = ImageEncoder(RegionBackbone(K, D, labels=table), embed_dim=7)
@@ -166,6 +296,46 @@ def test_tokens_are_a_map_of_features_position_and_label() -> None:
     rows[0, 0, -1] = 3
     with pytest.raises(laps.LapsValueError, match="a label has no embedding"):
         encoder(rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_labels_are_found_exactly_whatever_the_weights_dtype_is(dtype: torch.dtype) -> None:
+    # bfloat16 knows 300 and 302, and float16 no 2049.
+    table = torch.randn(3000, 4)
+    encoder = ImageEncoder(RegionBackbone(K, D, labels=table), embed_dim=7).to(dtype)
+    rows = torch.rand(1, K, D + 5)
+    rows[0, :, -1] = torch.tensor([301, 2049, -1, 299, 2999])
+    found = encoder.backbone(rows)[0, :, -4:]
+    assert torch.equal(found[[0, 1, 3, 4]], table.to(dtype)[[301, 2049, 299, 2999]].float())
+    assert not found[2].any()
+    tokens = encoder(rows)
+    assert tokens.dtype == dtype
+    assert torch.equal(tokens, encoder.projection(encoder.backbone(rows).to(dtype)))
+
+
+def test_rows_with_labels_in_half_precision_are_refused() -> None:
+    rows = torch.rand(1, K, D + 5).to(torch.bfloat16)
+    encoder = ImageEncoder(RegionBackbone(K, D, labels=torch.randn(3, 4)), embed_dim=7)
+    with pytest.raises(laps.LapsTypeError, match=r"regions with labels have the wrong dtype .*got bfloat16"):
+        encoder(rows)
+    # Without labels nothing of it is a number to be looked up.
+    plain = ImageEncoder(RegionBackbone(K, D), embed_dim=7)
+    assert plain(rows).dtype == torch.float32
+
+
+@pytest.mark.parametrize("head", ["chan", "cpfean", "laps"])
+def test_a_model_of_regions_in_half_precision_is_evaluated(head: str, folder: Path) -> None:
+    options = {"aggregation_ratio": 1.0} if head == "laps" else {}
+    half = model(head, torch.randn(3, 4), **options).to(torch.bfloat16)
+    test = laps.data.load(folder, "test", regions=True)
+    result = laps.evaluate(half, test, progress=False, num_workers=0)
+    assert 0 <= result.metrics["rsum"] <= 600
+
+
+def test_autocast_takes_regions_as_it_takes_pixels() -> None:
+    encoder = ImageEncoder(RegionBackbone(K, D), embed_dim=7)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encoder(torch.rand(1, K, D + 5)).dtype == torch.bfloat16
 
 
 def test_labels_are_the_mean_of_their_pieces() -> None:
@@ -324,13 +494,17 @@ def test_the_preset_is_that_of_bottom_up_regions(bert: Path) -> None:
 
 def test_the_preset_takes_other_sizes_and_labels(bert: Path, tmp_path: Path) -> None:
     built = laps.LAPS.from_preset("region-36", head="cpfean", num_regions=K, feature_dim=D, labels=NAMES)
-    assert built.transform == RegionTransform(K, D)
+    assert built.transform == RegionTransform(K, D, num_labels=len(NAMES))
     table = label_embeddings(NAMES, built.text_encoder, bert_tokenizer())
     assert torch.equal(built.image_encoder.backbone.labels, table)
     built.save_pretrained(tmp_path / "kept")
     again = laps.LAPS.from_pretrained(tmp_path / "kept")
     assert torch.equal(again.image_encoder.backbone.labels, table)
     built.gradient_checkpointing()
+    (tmp_path / "names.txt").write_text("\n".join(NAMES) + "\n")
+    for labels in (tmp_path / "names.txt", str(tmp_path / "names.txt"), tuple(NAMES)):
+        other = laps.LAPS.from_preset("region-36", num_regions=K, feature_dim=D, labels=labels)
+        assert torch.equal(other.image_encoder.backbone.labels, table)
     for name, options, message in (
         ("region-36", {"image_checkpoint": "x"}, "image_checkpoint does not go with region-36 .*of pixels"),
         ("vit-base-224", {"num_regions": 3}, "num_regions does not go with vit-base-224 .*region-36"),
@@ -339,6 +513,44 @@ def test_the_preset_takes_other_sizes_and_labels(bert: Path, tmp_path: Path) -> 
     ):
         with pytest.raises(laps.LapsValueError, match=message):
             laps.LAPS.from_preset(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"labels": dict.fromkeys(NAMES, 0)}, r"labels are no list \(expected names in the order .*got dict"),
+        ({"labels": set(NAMES)}, "labels are no list"),
+        ({"labels": ["star", 3]}, r"labels\[1\] is no string .*got int"),
+        ({"labels": []}, "labels is empty"),
+        ({"labels": "labels.txt"}, r"labels labels\.txt cannot be read"),
+        ({"feature_dim": "6"}, r"feature_dim is no integer \(expected int, got str\)"),
+        ({"num_regions": 0}, "num_regions is out of range"),
+    ],
+)
+def test_sizes_and_labels_that_are_none_are_told_before_weights_are_read(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(laps.LapsError, match=message):
+        laps.LAPS.from_preset("region-36", text_checkpoint="nobody/has-this", **options)
+
+
+def test_a_config_with_a_wrong_size_is_told_as_that() -> None:
+    with pytest.raises(laps.LapsTypeError, match="feature_dim is no integer"):
+        RegionBackbone.from_config({"num_regions": K, "feature_dim": "6"})
+    with pytest.raises(laps.LapsValueError, match="the config has other keys"):
+        RegionBackbone.from_config({"colour": 3})
+
+
+def test_a_model_refuses_labels_that_it_has_no_name_for_with_the_file(tmp_path: Path) -> None:
+    one = model("vse", torch.randn(2, 4))
+    with pytest.raises(laps.LapsValueError, match=r"a\.npz has the label 2, which has no name .*below 2"):
+        one.encode_files([archive(tmp_path / "a.npz")])
+    # The model's labels say it: nothing of it is beside them, and what was kept before knows it too.
+    one.save_pretrained(tmp_path / "kept")
+    kept = json.loads((tmp_path / "kept" / "transform.json").read_text())
+    assert kept == {"kind": "regions", "num_regions": K, "feature_dim": D}
+    assert laps.LAPS.from_pretrained(tmp_path / "kept").transform == RegionTransform(K, D, 2)
+    assert model("vse").transform == RegionTransform(K, D)
 
 
 def test_the_embeddings_of_labels_have_no_dropout() -> None:
@@ -384,7 +596,7 @@ def test_check_train_and_eval(
     assert (status, error) == (0, "")
     assert "best epoch 1 of 1, dev rSum " in output
     kept = laps.LAPS.from_pretrained(tmp_path / "run" / "best")
-    assert kept.transform == RegionTransform(K, D)
+    assert kept.transform == RegionTransform(K, D, num_labels=3)
     assert kept.image_encoder.backbone.labels.shape == (3, 32)
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert config["train"]["learning_rate"] == 5e-4
@@ -456,11 +668,12 @@ Arguments = Callable[[Path, Path], list[object]]
         ),
         (
             lambda f, _: ["train", f, "--preset", "region-36", *SIZES, "--labels", f / "few.txt"],
-            "labels have too few names (expected at least",
+            "which has no name (expected a number below 1, as many labels have names)",
         ),
         (lambda f, _: ["data", "check", f], "dev_ims.npy has regions of a detector"),
         (lambda _, p: ["data", "check", p, "--regions"], "no region of pairs.csv/train was found"),
         (lambda _, p: ["data", "check", p, "--num-regions", 9], "--num-regions without --regions"),
+        (lambda _, p: ["data", "check", p, "--labels", "x"], "--labels without --regions"),
         (lambda f, _: ["eval", f / "of-pixels", f], "test_ims.npy has regions of a detector"),
         (
             lambda f, p: ["eval", f / "of-regions", p, "--split", "dev"],
@@ -503,6 +716,75 @@ def test_labels_without_numbers_are_told(
         "train_ims.npy/0 has no label (expected an array labels or objects_id, or {split}_labels.npy)"
         in error
     )
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_all_labels_of_a_split_are_looked_at_first(
+    split: str, folder: Path, tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = np.zeros((6 if split == "train" else 3, K), np.int64)
+    labels[0] = -1
+    (tmp_path / "names.txt").write_text("star\ncircle\n")
+    run = ["train", folder, "--preset", "region-36", *SIZES, "--out", tmp_path / "run", *FAST]
+    run += ["--labels", tmp_path / "names.txt", "--head", "vse"]
+    labels[2, 1] = 2
+    np.save(folder / f"{split}_labels.npy", labels)
+    others = {"train": 6, "dev": 3, "test": 4}
+    del others[split]
+    for other, images in others.items():
+        np.save(folder / f"{other}_labels.npy", np.ones((images, K), np.int64))
+    status, _, error = called(capsys, *run)
+    assert status == 2
+    assert f"{split}_ims.npy/2 has the label 2, which has no name (expected a number below 2" in error
+    assert not (tmp_path / "run").exists()
+    check = ["data", "check", folder, "--regions", *SIZES, "--labels", tmp_path / "names.txt"]
+    status, output, _ = called(capsys, *check)
+    assert status == 1
+    assert f"{split}_ims.npy/2: has the label 2, which has no name" in output
+
+    # An image in which nothing was recognised, though it is the first, is one.
+    labels[2, 1] = 1
+    np.save(folder / f"{split}_labels.npy", labels)
+    assert called(capsys, *check)[0] == 0
+    assert called(capsys, *run)[0] == 0
+    # A split without any is none.
+    np.save(folder / f"{split}_labels.npy", np.full_like(labels, -1))
+    status, output, _ = called(capsys, *check)
+    assert status == 1
+    assert f"images without a label on any region: {len(labels)}" in output
+    run[run.index(tmp_path / "run")] = tmp_path / "again"
+    status, _, error = called(capsys, *run)
+    assert status == 2
+    assert f"{split}_ims.npy/0 has no label" in error
+
+
+def test_the_first_of_the_archives_may_have_nothing_that_was_recognised(
+    archives: Path, tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive(archives / "images" / "train0.npz", labels=np.full(K, -1))
+    (tmp_path / "names.txt").write_text("star\ncircle\nsquare\n")
+    run = ["train", archives, "--preset", "region-36", *SIZES, *FAST, "--labels", tmp_path / "names.txt"]
+    status, _, error = called(capsys, *run, "--head", "vse", "--out", tmp_path / "run")
+    assert (status, error) == (0, "")
+    # One that comes later is named when it comes.
+    archive(archives / "images" / "train4.npz", labels=np.full(K, 3))
+    status, _, error = called(capsys, *run, "--head", "vse", "--out", tmp_path / "again")
+    assert status == 2
+    assert "train4.npz has the label 3, which has no name (expected a number below 3" in error
+
+
+def test_the_examples_take_a_preset_of_regions(
+    archives: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent / "examples"))
+    common = pytest.importorskip("common")
+    monkeypatch.delitem(sys.modules, "common")
+    options = common.parser("", "out").parse_args(["--preset", "region-36", "--data", str(archives)])
+    with common.open_data(options) as (train, _, _):
+        assert train.image_paths[0].name == "train0.npz"
+    options.data = None
+    with pytest.raises(SystemExit, match="region-36 takes regions of a detector"), common.open_data(options):
+        pass
 
 
 def test_heads_are_compared_on_regions(

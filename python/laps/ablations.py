@@ -38,6 +38,7 @@ LEAST_WORDS = 4  # that a selection keeps, and that an aggregation makes
 WORD_SLOTS = 0.75  # aggregated words per word
 NEIGHBOURS = 5
 SCAN_TEMPERATURE = 9.0
+MOST_RELEVANT = 1024  # more than captions have words
 
 # Keyword arguments of `LAPSHead` for each row, by the name that the paper prints. A row says only in what it
 # differs from the complete method; beside `variant="paper"` in all rows they are those of the paper variant.
@@ -104,7 +105,10 @@ class RelevanceNet(nn.Module):
     The last layer begins at zero, so that training begins at the score of LAPS.
 
     Args:
-        k: >= 1.
+        k: 1 to 1024.
+
+    Raises:
+        LapsValueError, LapsTypeError: k out of its range.
 
     Source: Mao et al., SEPS (arXiv 2511.01390), equation 5. The sizes and the zeros are ours: the paper
     prints MLP(TOPK(.)), and its code has no such network.
@@ -119,6 +123,10 @@ class RelevanceNet(nn.Module):
     def __init__(self, k: int) -> None:
         super().__init__()
         self.k = _check.count("RelevanceNet", "k", k)
+        if k > MOST_RELEVANT:
+            raise LapsValueError(
+                _check.message("RelevanceNet", "k is out of range", f"k <= {MOST_RELEVANT}", k)
+            )
         self.fc1, self.fc2 = nn.Linear(k, 2 * k), nn.Linear(2 * k, 1)
         for parameter in self.fc2.parameters():
             nn.init.zeros_(parameter)

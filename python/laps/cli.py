@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 DEFAULT_PRESET = "vit-base-224"
-# Of `laps train`, for presets whose input is regions.
+# Of `laps train`, for presets whose input is regions, and of `laps data check`.
 REGION_OPTIONS = ("num_regions", "feature_dim", "labels")
 
 
@@ -91,6 +91,15 @@ def _train(options: argparse.Namespace) -> int:
         raise LapsValueError(
             _check.message("laps train", f"{options.out} holds a run already", "another folder, or --resume")
         )
+    if options.dense_captions is None and "dense_weight" in chosen:
+        raise LapsValueError(
+            _check.message(
+                "laps train",
+                "--dense-weight is given alone",
+                "--dense-captions too",
+                chosen["dense_weight"],
+            )
+        )
     _refuse_with_model(options)
     saved = None if options.model is None else LAPS.from_pretrained(options.model)
     regions = _regions(options, saved)
@@ -98,7 +107,8 @@ def _train(options: argparse.Namespace) -> int:
     data, dev = _train_and_dev(options, config.on_error, regions is not None)
     # Where images may be skipped, the first may be one of them.
     if regions is not None and config.on_error == "raise":
-        require_fit(regions, data.image_paths[0], labels)
+        for part in (data, *([] if dev is None else [dev])):
+            require_fit(regions, part.image_paths[0], labels)
     dense = None if options.dense_captions is None else read_dense_captions(options.dense_captions, data)
     model = saved or _new_model(options, config.seed, labels)
     trainer = Trainer(model, data, dev, options.out, config, dense_captions=dense)
@@ -164,7 +174,16 @@ def _train_and_dev(
 
 
 def _refuse_with_model(options: argparse.Namespace) -> None:
-    new = ("image_checkpoint", "text_checkpoint", "head", "head_option", "loss", "margin", *REGION_OPTIONS)
+    new = (
+        "image_checkpoint",
+        "text_checkpoint",
+        "head",
+        "head_option",
+        "loss",
+        "margin",
+        "cutoff",
+        *REGION_OPTIONS,
+    )
     given = _given(options, new)
     if options.model is not None and given:
         raise LapsValueError(
@@ -179,7 +198,7 @@ def _new_model(options: argparse.Namespace, seed: int, labels: list[str] | None)
 
     loss = {
         name: value
-        for name, value in (("name", options.loss), ("margin", options.margin))
+        for name, value in (("name", options.loss), ("margin", options.margin), ("cutoff", options.cutoff))
         if value is not None
     }
     torch.manual_seed(seed)
@@ -263,13 +282,15 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _data_check(options: argparse.Namespace) -> int:
     from .data import CaptionTokenizer, RegionTransform, check
+    from .data.regions import read_labels
 
+    given = _given(options, REGION_OPTIONS)
+    if given and not options.regions:
+        raise LapsValueError(_check.message("laps data check", f"{given} without --regions", "both or none"))
     sizes = ("num_regions", "feature_dim")
-    if _given(options, sizes) and not options.regions:
-        raise LapsValueError(
-            _check.message("laps data check", f"{_given(options, sizes)} without --regions", "both or none")
-        )
     chosen = {name: getattr(options, name) for name in sizes if getattr(options, name) is not None}
+    if options.labels is not None:
+        chosen["num_labels"] = len(read_labels(options.labels))
     transform = RegionTransform(**chosen) if options.regions else None
     tokenizer = None
     if options.tokenizer is not None:
@@ -402,6 +423,12 @@ def _parser() -> argparse.ArgumentParser:
         "--regions", action="store_true", help="the data are regions of a detector: .npz files or *_ims.npy"
     )
     _add_sizes(check, "36", "2048")
+    check.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="names of the detector's labels, a line each: also find regions whose label has no name",
+    )
     check.add_argument("--json", action="store_true", help="print JSON")
     check.set_defaults(command=_data_check)
     scenes = data_commands.add_parser("make-scenes", help="drawn scenes with captions, in Karpathy's format")
@@ -425,6 +452,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from ._train_options import add_train_options
     from .config import PRESETS
     from .heads import head_names
+    from .losses import CUTOFF
     from .objective import MARGIN, NAMES
 
     parser.add_argument("data", type=Path, help="a file or folder of captions with its splits")
@@ -474,6 +502,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--loss", choices=NAMES, help="what scores are trained with (default: hinge)")
     parser.add_argument("--margin", type=float, metavar="X", help=f"of hinge and triplet (default: {MARGIN})")
+    parser.add_argument(
+        "--cutoff",
+        type=float,
+        metavar="X",
+        help=f"of triplet: the distance beyond which no negative is drawn (default: {CUTOFF})",
+    )
     add_train_options(parser.add_argument_group("recipe", "the defaults are the published recipe"))
     parser.set_defaults(command=_train)
 
@@ -497,7 +531,9 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="folder of the runs (default: out/compare/CONFIG)")
     parser.add_argument("--data", type=Path, help="a file or folder of captions, in place of the config's")
-    parser.add_argument("--images", type=Path, help="folder of the images, in place of the config's")
+    parser.add_argument(
+        "--images", type=Path, help="folder of the images or regions, in place of the config's"
+    )
     parser.add_argument(
         "--labels", type=Path, metavar="FILE", help="of regions: names of the detector's labels, a line each"
     )

@@ -30,6 +30,7 @@ Ids = Tensor | np.ndarray[Any, Any] | Sequence[int]
 REDUCTIONS = ("sum", "mean")
 # Of the distance-weighted triplets: how far a negative may be, in HREM on Flickr30K.
 CUTOFF = 1.7
+MIN_DISTANCE = 0.5
 
 
 # ---- who belongs to whom
@@ -192,7 +193,7 @@ def distance_weighted_triplet_loss(
     *,
     max_score: float = 2.0,
     dim: int = 512,
-    min_distance: float = 0.5,
+    min_distance: float = MIN_DISTANCE,
     cutoff: float = CUTOFF,
     reduction: str = "sum",
     generator: torch.Generator | None = None,

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,6 +21,7 @@ from ._json_files import read_object
 from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
 from .data import Batch, CaptionTokenizer, ImageTransform, RegionTransform
+from .data.regions import label_names
 from .encoders import ImageEncoder, RegionBackbone, TextEncoder, implementations, label_embeddings
 from .encoders.backbone import UNUSED, describe, freeze, is_transformers
 from .encoders.keys import check_weights
@@ -102,7 +104,7 @@ class LAPS(nn.Module, ModelHubMixin):
                     "equal",
                 )
             )
-        transform = transform or _transform_for(image_encoder)
+        transform = _with_labels_of(image_encoder, transform or _transform_for(image_encoder))
         if transform.input_shape != image_encoder.input_shape:
             raise LapsValueError(
                 _check.message(
@@ -162,7 +164,7 @@ class LAPS(nn.Module, ModelHubMixin):
         encoders: str = "hf",
         num_regions: int | None = None,
         feature_dim: int | None = None,
-        labels: Sequence[str] | None = None,
+        labels: Sequence[str] | str | Path | None = None,
     ) -> LAPST:
         """A model of the paper's Tables 1 and 2, ready to be trained: pretrained encoders, a fresh head.
 
@@ -180,11 +182,13 @@ class LAPS(nn.Module, ModelHubMixin):
                 :class:`laps.encoders.RegionBackbone`.
             feature_dim: the same.
             labels: names of the detector's labels in the order of their numbers, for the label prior, by
-                :func:`laps.encoders.label_embeddings`; None for none.
+                :func:`laps.encoders.label_embeddings`; or the path of a text file with a name a line, as
+                ``laps train --labels`` takes it; None for none.
 
         Raises:
             LapsValueError: an unknown name, no such checkpoint, or one that lacks weights; regions' arguments
-                with a preset of pixels, or the reverse.
+                with a preset of pixels, or the reverse; a file of labels that cannot be read.
+            LapsTypeError: a size that is no integer, labels that are neither names nor a file.
         """
         preset = PRESETS[_check.choice("LAPS.from_preset", "name", name, list(PRESETS))]
         # Before the weights are read, which takes long.
@@ -201,6 +205,10 @@ class LAPS(nn.Module, ModelHubMixin):
                 raise LapsValueError(
                     _check.message("LAPS.from_preset", f"{argument} does not go with {name}", expected)
                 )
+        if preset.regions:
+            RegionTransform(**preset.region_sizes(num_regions, feature_dim))
+        if labels is not None:
+            labels = label_names("LAPS.from_preset", labels)
 
         def backbone(part: str, checkpoint: str | Path | None, config: Mapping[str, Any]) -> nn.Module:
             if pretrained and checkpoint is not None:
@@ -393,7 +401,8 @@ class LAPS(nn.Module, ModelHubMixin):
         loss, values = self._loss(batch, images, batch.input_ids, batch.lengths, warmup)
         if batch.dense_ids is None or batch.dense_lengths is None:
             return loss, values
-        dense, _ = self._loss(batch, images, batch.dense_ids, batch.dense_lengths, warmup)
+        with self.head.same_step():
+            dense, _ = self._loss(batch, images, batch.dense_ids, batch.dense_lengths, warmup)
         loss = loss + dense_weight * dense
         return loss, values | {"loss": loss.detach(), "dense_loss": dense.detach()}
 
@@ -682,6 +691,17 @@ def _transform_for(image_encoder: ImageEncoder) -> ImageTransform | RegionTransf
     if isinstance(backbone, RegionBackbone):
         return RegionTransform(backbone.num_regions, backbone.feature_dim)
     return ImageTransform(image_size=image_encoder.image_size)
+
+
+def _with_labels_of(
+    image_encoder: ImageEncoder, transform: ImageTransform | RegionTransform
+) -> ImageTransform | RegionTransform:
+    """The transform, which now refuses labels that the encoder does not know: it can name the file."""
+    backbone = image_encoder.backbone
+    named = len(backbone.labels) if isinstance(backbone, RegionBackbone) else 0
+    if named and isinstance(transform, RegionTransform):
+        return replace(transform, num_labels=named)
+    return transform
 
 
 @contextmanager

@@ -319,7 +319,7 @@ class LAPSHead(SimilarityHead):
             one direction. ``"relevance"``, of later work (SEPS, arXiv 2511.01390): SPA, and in each direction
             what a small network makes of the `relevance_k` best matches
             (:class:`laps.ablations.RelevanceNet`); these scores have no bound.
-        relevance_k: how many, >= 1.
+        relevance_k: how many, 1 to 1024.
         words: ``"all"``; ``"selection"``: per pair the ceil(word_ratio * l) words with the highest cosine to
             the mean of the words plus cosine to the mean of the patches, at least 4, the first ([CLS]) always
             among them; ``"aggregation"``: max(4, int(0.75 l)) words made of the l words by another network of

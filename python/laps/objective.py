@@ -28,7 +28,7 @@ class Objective(nn.Module):
             sampling) or ``"info_nce"`` (learnable temperature).
         margin: of hinge and triplet, >= 0; None for 0.2. InfoNCE has none.
         temperature: the initial one of InfoNCE, > 0; None for 0.07. The others have none.
-        cutoff: of triplet: negatives so far away are never drawn, in (0, 2]; None for 1.7, which HREM takes
+        cutoff: of triplet: negatives so far away are never drawn, in (0.5, 2]; None for 1.7, which HREM takes
             for Flickr30K (1.9 for COCO). The others have none.
         ratio_weight: weight of the ratio loss (paper variant), >= 0.
         max_score: the bound of the scores, which "triplet" turns into distances: 2 for LAPS (the sum of two
@@ -79,8 +79,14 @@ class Objective(nn.Module):
             0.0,
             open_low=True,
         )
+        # Distances have a floor, at which all weights would end.
         self.cutoff = _check.number(
-            "Objective", "cutoff", losses.CUTOFF if cutoff is None else cutoff, 0.0, 2.0, open_low=True
+            "Objective",
+            "cutoff",
+            losses.CUTOFF if cutoff is None else cutoff,
+            losses.MIN_DISTANCE,
+            2.0,
+            open_low=True,
         )
         self.ratio_weight = _check.number("Objective", "ratio_weight", ratio_weight, 0.0)
         self.max_score = _check.number("Objective", "max_score", max_score, 0.0, open_low=True)

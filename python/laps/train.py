@@ -27,6 +27,7 @@ from ._json_files import read_object
 from ._workers import end_workers, leave_signals, start_workers
 from .checkpoint import load_checkpoint, save_checkpoint
 from .data import Batch, CaptionDataset, CaptionTokenizer, RetrievalData
+from .data.dense import check_dense_captions
 from .data.loading import batches_of
 from .data.sampler import EpochSampler
 from .data.usable import usable
@@ -154,11 +155,14 @@ class Trainer:
         augment = _augment(self.config.augment, model.tokenizer)
         # Before the first epoch, not in the midst of it. Reading all training images would take too long.
         on_error, shown = self.config.on_error, self.config.progress
-        given = train_data.image_paths
-        train_data = usable("Trainer", train_data, model.tokenizer, on_error=on_error, read_images=False)
-        if dense_captions is not None and len(dense_captions) == len(given):
-            text_of = dict(zip(given, dense_captions, strict=True))
-            dense_captions = [text_of[path] for path in train_data.image_paths]
+        all_data = train_data
+        train_data = usable("Trainer", all_data, model.tokenizer, on_error=on_error, read_images=False)
+        if dense_captions is not None:
+            dense_captions = check_dense_captions("Trainer", dense_captions, all_data, model.tokenizer)
+            # What was left out was left out by its path.
+            left = set(train_data.image_paths)
+            paired = zip(all_data.image_paths, dense_captions, strict=True)
+            dense_captions = [text for path, text in paired if path in left]
         if train_data.num_captions < self.config.batch_size:
             raise LapsValueError(
                 _check.message(
@@ -428,15 +432,19 @@ class Trainer:
     def _description(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
         options = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        described = {
+        described: dict[str, Any] = {
             "train": {name: value for name, value in options.items() if name not in FREE_ON_RESUME},
             "model": self.model.config.to_dict(),
             "tokenizer": _describe_tokenizer(self.dataset.tokenizer),
             "transform": self.model.transform.to_dict(),
             "train_data": describe_data(self.train_data),
             "dev_data": None if self.dev_data is None else describe_data(self.dev_data),
-            "dense_captions": _digest(self.dataset.dense_captions),
         }
+        if self.dataset.dense_captions is None:
+            # Without these it changes nothing.
+            del described["train"]["dense_weight"]
+        else:
+            described["dense_captions"] = _digest(self.dataset.dense_captions)
         plain: dict[str, Any] = json.loads(json.dumps(described))
         return plain
 
@@ -554,9 +562,7 @@ def describe_data(data: RetrievalData) -> dict[str, Any]:
     return {"name": data.name, **counts, "content": content.hexdigest()[:16]}
 
 
-def _digest(texts: Sequence[str] | None) -> str | None:
-    if texts is None:
-        return None
+def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 

@@ -294,7 +294,8 @@ def _data(comparison: Comparison, seed: int, options: _Run) -> _Data:
     if comparison.of_regions:
         chosen = comparison.region_options()
         labels = chosen.pop("labels")
-        require_fit(RegionTransform(**chosen), train.image_paths[0], labels)
+        for part in (train, dev, test):
+            require_fit(RegionTransform(**chosen), part.image_paths[0], labels)
     data = _Data(train, dev, test, [describe_data(part) for part in (train, dev, test)])
     if comparison.folds is not None and comparison.folds > data.test.num_images:
         raise LapsValueError(
@@ -336,9 +337,11 @@ def _require_same(path: Path, key: str) -> dict[str, Any]:
 def _shared(comparison: Comparison, data: _Data) -> dict[str, Any]:
     """What the encoders that rows start from depend on, but the seed."""
     train = asdict(comparison.train_config(0))
+    # It weighs dense captions, and a comparison has none.
+    unused = {*FREE_ON_RESUME, "dense_weight"}
     return {
         "model": comparison.model,
-        "train": {name: value for name, value in train.items() if name not in FREE_ON_RESUME},
+        "train": {name: value for name, value in train.items() if name not in unused},
         "start": comparison.start and asdict(comparison.start),
         "data": data.described,
         # Nothing of pixels: what was trained on them before there were regions keeps its key.

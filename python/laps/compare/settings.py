@@ -107,6 +107,13 @@ class Regions:
     feature_dim: int | None = None
     labels: Path | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("num_regions", "feature_dim"):
+            if getattr(self, name) is not None:
+                _check.count(OPERATION, f"{name} of regions", getattr(self, name))
+        if self.labels is not None and not isinstance(self.labels, (str, Path)):
+            raise _wrong("labels of regions are no file", "a path", _check.name_of(self.labels))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -172,6 +179,12 @@ class Comparison:
         for name in OURS:
             if name in self.train:
                 raise _wrong(f"train has {name}", "an option of the command", self.train[name])
+        if "dense_weight" in self.train:
+            raise _wrong(
+                "train has dense_weight",
+                "nothing that weighs dense captions, of which a comparison has none",
+                self.train["dense_weight"],
+            )
         if self.folds is not None:
             _check.count(OPERATION, "folds", self.folds, 2)
         unknown = sorted(set(self.published) - {"all", "folds", "backbone"})
@@ -296,6 +309,9 @@ def _built(place: str, values: object, kind: type) -> Any:
     given = _mapping(place, values, kind)
     try:
         return kind(**given)
+    except LapsError:
+        # A LapsTypeError is a TypeError, and says itself what is wrong.
+        raise
     except TypeError:
         raise _wrong(f"{place} lacks a name", _names(kind), ", ".join(given)) from None
 

@@ -39,6 +39,7 @@ class SplitReport:
         unreadable: path to reason.
         converted: Pillow mode to the number of images that become RGB from it.
         empty_captions: where they stand; nothing in them is visible, or makes a token.
+        unlabelled: paths of regions of which none has a label, if labels have names.
         long_captions: where they stand, and their number of tokens; they get truncated.
         duplicate_images: groups of paths with the same content.
         duplicate_captions: where a caption stands that its image has already.
@@ -51,14 +52,18 @@ class SplitReport:
     unreadable: dict[str, str] = field(default_factory=dict)
     converted: dict[str, int] = field(default_factory=dict)
     empty_captions: list[str] = field(default_factory=list)
+    unlabelled: list[str] = field(default_factory=list)
     long_captions: list[tuple[str, int]] = field(default_factory=list)
     duplicate_images: list[list[str]] = field(default_factory=list)
     duplicate_captions: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """There are images and captions, no image is missing or unreadable, and no caption empty."""
-        there = self.images > 0 and self.captions > 0
+        """There are images and captions, no image is missing or unreadable, and no caption empty.
+
+        And not all of the images lack labels, if these have names.
+        """
+        there = self.images > 0 and self.captions > 0 and len(self.unlabelled) < self.images
         return there and not (self.missing or self.unreadable or self.empty_captions)
 
 
@@ -112,6 +117,7 @@ class CheckReport:
                 lines.append(f"  no {' and no '.join(absent)}")
             lines += _items("missing images", split.missing)
             lines += _items("unreadable images", [f"{path}: {why}" for path, why in split.unreadable.items()])
+            lines += _items("images without a label on any region", split.unlabelled)
             lines += _items("empty captions", split.empty_captions)
             lines += _items(
                 f"captions above {self.max_length} tokens, which get truncated",
@@ -153,7 +159,8 @@ def check(
     Args:
         path: as for :func:`laps.data.load`.
         images: as for :func:`laps.data.load`.
-        transform: None for image files; of regions what a model of them reads them with.
+        transform: None for image files; of regions what a model of them reads them with. Its `num_labels`,
+            where given, finds the labels that have no name, and the images without label.
         splits: those to check; None for all.
         tokenizer: with it, captions without tokens count as empty too, and long ones are reported. Without,
             captions count as empty in which nothing is visible.
@@ -181,9 +188,10 @@ def check(
     if max_length is not None:
         max_length = _check.count(operation, "max_length", max_length, 3)
     limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
-    found = listings(operation, *detect(operation, Path(path)), regions=transform is not None)
-    chosen = _chosen(operation, path, found, splits)
     folder = None if images is None else Path(images)
+    place = detect(operation, Path(path))
+    found = listings(operation, *place, regions=transform is not None, images=folder)
+    chosen = _chosen(operation, path, found, splits)
     paths = {
         name: listing.paths(operation, folder) if listing.files else [] for name, listing in chosen.items()
     }
@@ -219,11 +227,15 @@ def _nested(first: str, second: str) -> bool:
 
 @dataclass(frozen=True)
 class _Content:
-    """An image file: a digest of its bytes (of the path where there are none), its mode, what is wrong."""
+    """An image file: a digest of its bytes (of the path where there are none), its mode, what is wrong.
+
+    And whether its regions lack the labels that they are to have.
+    """
 
     key: str
     mode: str = "RGB"
     error: str = ""
+    unlabelled: bool = False
 
 
 def _read_image(path: Path) -> _Content:
@@ -239,7 +251,8 @@ def _read_regions(transform: RegionTransform, path: Path) -> _Content:
         rows = transform.open(path).numpy()
     except LapsValueError as error:
         return _Content(str(path), error=str(error).removeprefix(f"{REGIONS}: {path} "))
-    return _Content(hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest())
+    unlabelled = transform.num_labels is not None and bool(rows[:, -1].max() < 0)
+    return _Content(hashlib.blake2b(rows.tobytes(), digest_size=16).hexdigest(), unlabelled=unlabelled)
 
 
 def _read_all(
@@ -278,6 +291,8 @@ def _split_report(
             report.unreadable[str(path)] = content.error
         else:
             same.setdefault(content.key, []).append(str(path))
+            if content.unlabelled:
+                report.unlabelled.append(str(path))
             if content.mode != "RGB":
                 report.converted[content.mode] = report.converted.get(content.mode, 0) + 1
     report.duplicate_images = [group for group in same.values() if len(group) > 1]

@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
+from .dense import check_dense_captions
 from .records import RetrievalData
 from .regions import RegionTransform
 from .tokenizer import CaptionTokenizer
@@ -140,7 +141,8 @@ class CaptionDataset(Dataset[Example | None]):
             :func:`read_dense_captions`; augmented as captions are. Or None.
 
     Raises:
-        LapsValueError, LapsTypeError: a wrong argument; augmentation with a vocabulary without mask token.
+        LapsValueError, LapsTypeError: a wrong argument; dense captions of another number than the images, or
+            one without tokens; augmentation with a vocabulary without mask token.
             Items raise LapsValueError for an unreadable image (with its path) or a caption without tokens
             (with its index).
 
@@ -182,16 +184,9 @@ class CaptionDataset(Dataset[Example | None]):
             )
         self._images = _Images(operation, data.image_paths, transform, on_error)
         self._to_pixels = transform.train() if train else transform.eval()
-        if dense_captions is not None and len(dense_captions) != data.num_images:
-            raise LapsValueError(
-                _check.message(
-                    operation,
-                    "dense_captions does not fit",
-                    f"{data.num_images} texts, one per image",
-                    len(dense_captions),
-                )
-            )
-        self.dense_captions = None if dense_captions is None else list(dense_captions)
+        self.dense_captions = None
+        if dense_captions is not None:
+            self.dense_captions = check_dense_captions(operation, dense_captions, data, tokenizer)
         self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
         self._epoch = _shared(torch.zeros((), dtype=torch.int64))
@@ -220,20 +215,19 @@ class CaptionDataset(Dataset[Example | None]):
         if image is None:
             return None
         words, pixels = self._seeds(t)
-        generator, dense_ids, text = random.Random(words), None, f"caption {t}"
+        generator, dense_ids = random.Random(words), None
         try:
             token_ids = self.tokenizer.augment(self.data.captions[t], generator, self.augment)
-            if self.dense_captions is not None:
-                text = f"the dense caption of image {image_id}"
-                dense_ids = self.tokenizer.augment(self.dense_captions[image_id], generator, self.augment)
         except LapsValueError as error:
-            message = f"CaptionDataset: {text} of {self.data.name}: {error}"
+            message = f"CaptionDataset: caption {t} of {self.data.name}: {error}"
             if not self._images.skip:
                 raise LapsValueError(message) from error
             if not self._blank[t]:
                 self._blank[t] = True
                 warnings.warn(f"skipped: {message}", stacklevel=2)
             return None
+        if self.dense_captions is not None:
+            dense_ids = self.tokenizer.augment(self.dense_captions[image_id], generator, self.augment)
         # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(pixels)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import _check
-from ..errors import LapsValueError
+from ..errors import LapsTypeError, LapsValueError
 from .listing import is_blank
 from .parsers import PAIR_SUFFIXES, field_of, json_of, pair_rows, text_of
 from .records import RetrievalData
+from .tokenizer import CaptionTokenizer
 
-__all__ = ["read_dense_captions"]
+__all__ = ["check_dense_captions", "read_dense_captions"]
 
 OPERATION = "read_dense_captions"
 
@@ -25,13 +28,14 @@ def read_dense_captions(file: str | Path, data: RetrievalData) -> list[str]:
 
     Args:
         file: a JSON object ``{"image.jpg": "text", ...}``, a JSON list of ``{"image": ..., "caption": ...}``,
-            or csv, tsv or JSONL with columns ``image`` and ``caption``. An image is named as in `data`, or by
-            the end of its path. Images that `data` has not are passed over.
+            or csv, tsv or JSONL with columns ``image`` and ``caption``. An image is named by its path or the
+            end of that; regions in an ``.npz`` file by its photograph too, rows of ``train_ims.npy`` as
+            ``train_ims.npy/7``. Images that `data` has not are passed over.
         data: the training split.
 
     Raises:
-        LapsValueError: a missing or malformed file, an image with two texts, an empty text, or images of
-            `data` without one (how many, and the first).
+        LapsValueError: a missing or malformed file, an image with two texts, a name that fits two images, an
+            empty text, or images of `data` without one (how many, and the first).
 
     Example:
         >>> import json, pathlib, tempfile
@@ -43,15 +47,29 @@ def read_dense_captions(file: str | Path, data: RetrievalData) -> list[str]:
     """
     file = Path(file)
     texts = _texts(file)
+    # Regions of a detector lie in files of other endings than the photographs that others describe.
+    stems = {_stem(name): name for name in texts}
     found: list[str] = []
     missing: list[Path] = []
+    users: dict[str, Path] = {}
     for path in data.image_paths:
-        names = ("/".join(path.parts[start:]) for start in range(len(path.parts)))
-        text = next((texts[name] for name in names if name in texts), None)
-        if text is None:
+        names = [str(PurePosixPath(*path.parts[start:])) for start in range(len(path.parts))]
+        entry = next((name for name in names if name in texts), None)
+        if entry is None and path.suffix == ".npz":
+            entry = next((stems[_stem(name)] for name in names if _stem(name) in stems), None)
+        if entry is None:
             missing.append(path)
-        else:
-            found.append(text)
+            continue
+        if users.setdefault(entry, path) != path:
+            raise LapsValueError(
+                _check.message(
+                    OPERATION,
+                    f"{file}: {entry} fits several images",
+                    "names with their folders",
+                    f"{users[entry]} and {path}",
+                )
+            )
+        found.append(texts[entry])
     if missing:
         raise LapsValueError(
             _check.message(
@@ -62,6 +80,39 @@ def read_dense_captions(file: str | Path, data: RetrievalData) -> list[str]:
             )
         )
     return found
+
+
+def check_dense_captions(
+    operation: str, texts: Sequence[str], data: RetrievalData, tokenizer: CaptionTokenizer
+) -> list[str]:
+    """The dense captions as a list, one for each image.
+
+    Raises:
+        LapsValueError: another number of them, or one without tokens. LapsTypeError: no list of strings.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        got = "a string" if isinstance(texts, str) else "other items"
+        raise LapsTypeError(_check.message(operation, "dense_captions is wrong", "a list of strings", got))
+    if len(texts) != data.num_images:
+        raise LapsValueError(
+            _check.message(
+                operation,
+                "dense_captions does not fit",
+                f"{data.num_images} texts, one per image",
+                len(texts),
+            )
+        )
+    for path, text in zip(data.image_paths, texts, strict=True):
+        # Two tokens: the start and the end.
+        if is_blank(text) or tokenizer.count(text) == 2:
+            raise LapsValueError(
+                _check.message(operation, f"the dense caption of {path} has no token", "text", repr(text))
+            )
+    return list(texts)
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix("")) if PurePosixPath(name).name else name
 
 
 def _texts(file: Path) -> dict[str, str]:
@@ -76,12 +127,24 @@ def _texts(file: Path) -> dict[str, str]:
     return texts
 
 
+def _unrepeated(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's own reader would keep the last of two equal names."""
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise LapsValueError(_check.message(OPERATION, f"{file} names {name!r} twice", "once each"))
+        entries[name] = value
+    return entries
+
+
 def _entries(file: Path) -> list[tuple[str, str, str]]:
     """Place, image and text of every entry."""
     if file.suffix in PAIR_SUFFIXES:
         rows: list[tuple[str, Any]] = [(f"{file}:{line}", row) for line, row in pair_rows(OPERATION, file)]
     else:
-        content = json_of(OPERATION, text_of(OPERATION, file), file)
+        content = json_of(
+            OPERATION, text_of(OPERATION, file), file, object_pairs_hook=partial(_unrepeated, file)
+        )
         if isinstance(content, dict):
             rows = [
                 (f"{file}: {image}", {"image": image, "caption": text}) for image, text in content.items()

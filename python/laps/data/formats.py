@@ -53,8 +53,8 @@ def load(
             folder of these: of pairs one file, or one per split (``train.csv``, ``test.csv``).
         split: for example "train", "dev" or "test"; "dev" and "val" are the same. A file of pairs without a
             split column has one split, named as the file if that is a split's name, else "all".
-        images: the folder of the image files; None looks beside the file: in ``images/``, in the data set's
-            name, and in the folder itself.
+        images: the folder of the image files, or of ``{split}_ims.npy``; None looks beside the file: in
+            ``images/``, in the data set's name, and in the folder itself.
         regions: take the features of a detector for images, see :class:`laps.data.RegionTransform`: beside
             caption files ``{split}_ims.npy``, else for each image an ``.npz`` file of its name in `images`.
         on_missing: "raise" refuses data whose image files are not all there, "keep" leaves that to the reader
@@ -138,13 +138,14 @@ def _read(
     _check.choice(operation, "on_missing", on_missing, KEEP)
     _check.choice(operation, "on_empty", on_empty, KEEP)
     _check.flag(operation, "regions", regions)
-    found = listings(operation, kind, path, split, regions=regions)
+    folder = None if images is None else Path(images)
+    found = listings(operation, kind, path, split, regions=regions, images=folder)
     if not any(listing.files for listing in found.values()):
         raise LapsValueError(_check.message(operation, f"{path} lists no image", "at least one"))
     if kind != "caption_files":
         _refuse_mixed(operation, found)
     listing = found[_split_name(operation, path, split, list(found))]
-    return listing.resolve(operation, None if images is None else Path(images), on_missing, on_empty)
+    return listing.resolve(operation, folder, on_missing, on_empty)
 
 
 # ---- which format, which split
@@ -187,9 +188,17 @@ def detect(operation: str, path: Path) -> tuple[str, Path]:
 
 
 def listings(
-    operation: str, kind: str, path: Path, split: str | None = None, *, regions: bool = False
+    operation: str,
+    kind: str,
+    path: Path,
+    split: str | None = None,
+    *,
+    regions: bool = False,
+    images: Path | None = None,
 ) -> dict[str, Listing]:
     """The splits of `path` by name; of caption files, which are one per split, `split` alone if given.
+
+    `images` is the folder of files of rows, which have to be read for it; None: that of the captions.
 
     Raises LapsValueError where it lists regions and images are expected.
     """
@@ -202,7 +211,7 @@ def listings(
             raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
         names = sorted(file.name.removesuffix(CAPTIONS_END) for file in path.glob(f"*{CAPTIONS_END}"))
         wanted = names if split is None else [_split_name(operation, path, split, names)]
-        found = {name: _of_caption_files(operation, path, name, regions) for name in wanted}
+        found = {name: _of_caption_files(operation, path, name, regions, images) for name in wanted}
     if regions:
         for listing in found.values():
             _name_regions(operation, listing)
@@ -211,20 +220,22 @@ def listings(
     return found
 
 
-def _of_caption_files(operation: str, folder: Path, split: str, regions: bool) -> Listing:
+def _of_caption_files(
+    operation: str, folder: Path, split: str, regions: bool, images: Path | None
+) -> Listing:
     """One split; of its regions the rows of one file where they are, else those that its ids lead to."""
-    rows, ids = folder / f"{split}{REGIONS_END}", folder / f"{split}_ids.txt"
-    if not regions and rows.is_file() and not ids.is_file():
-        raise _has_regions(operation, rows)
+    rows, ids = (images or folder) / f"{split}{REGIONS_END}", folder / f"{split}_ids.txt"
+    if not regions and not ids.is_file():
+        for place in {rows, folder / rows.name}:
+            if place.is_file():
+                raise _has_regions(operation, place)
     of_rows = regions and (rows.is_file() or not ids.is_file())
-    return parse_caption_files(operation, folder, split, regions=of_rows)
+    return parse_caption_files(operation, folder, split, regions=rows if of_rows else None)
 
 
 def _name_regions(operation: str, listing: Listing) -> None:
     """The files of regions in place of the images that they were found in."""
-    files = [
-        file if is_regions(Path(file)) else str(Path(file).with_suffix(ARCHIVE_END)) for file in listing.files
-    ]
+    files = [_region_file(operation, listing, image) for image in range(len(listing.files))]
     first: dict[str, str] = {}
     for image, file in zip(listing.files, files, strict=True):
         if first.setdefault(file, image) != image:
@@ -234,6 +245,19 @@ def _name_regions(operation: str, listing: Listing) -> None:
             )
     listing.files = files
     listing.content = "region"
+
+
+def _region_file(operation: str, listing: Listing, image: int) -> str:
+    file = Path(listing.files[image])
+    if is_regions(file):
+        return str(file)
+    if file.name in ("", ".."):
+        # A folder, such as ".", whose name takes no other ending.
+        place = next((listing.place_of(t) for t, i in enumerate(listing.caption_to_image) if i == image), "")
+        raise LapsValueError(
+            _check.message(operation, f"{place or listing.name} names {file}", "the name of a file")
+        )
+    return str(file.with_suffix(ARCHIVE_END))
 
 
 def _refuse_regions(operation: str, found: dict[str, Listing]) -> None:

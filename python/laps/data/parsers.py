@@ -15,7 +15,6 @@ import numpy as np
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
-from .regions import REGIONS_END
 
 CAPTIONS_END = "_caps.txt"
 PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -42,13 +41,19 @@ def text_of(operation: str, file: Path) -> str:
         ) from error
 
 
-def json_of(operation: str, text: str, file: Path, line: int = 1) -> Any:
+def json_of(operation: str, text: str, file: Path, line: int = 1, **options: Any) -> Any:
+    """What a text says in JSON; the options are those of `json.loads`."""
     try:
-        return json.loads(text)
+        return json.loads(text, **options)
     except json.JSONDecodeError as error:
         raise LapsValueError(
             _check.message(operation, f"{file}:{line + error.lineno - 1} is malformed", "JSON", error.msg)
         ) from error
+    except LapsValueError:
+        raise
+    # Nested too deep, or a number of thousands of digits.
+    except (RecursionError, ValueError) as error:
+        raise LapsValueError(_check.message(operation, f"{file} cannot be read", "JSON", error)) from error
 
 
 def field_of(operation: str, place: str, entry: object, key: str, kind: type = str) -> Any:
@@ -87,13 +92,14 @@ def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
     return found
 
 
-def parse_caption_files(operation: str, folder: Path, split: str, *, regions: bool = False) -> Listing:
+def parse_caption_files(operation: str, folder: Path, split: str, *, regions: Path | None = None) -> Listing:
+    """One split; `regions` is the file whose rows are its images, None where its ids lead to them."""
     captions_file, ids_file = folder / f"{split}{CAPTIONS_END}", folder / f"{split}_ids.txt"
     # Lines end at a line feed only: captions may hold Unicode's other separators.
     text = text_of(operation, captions_file)
     captions = text.removesuffix("\n").split("\n") if text else []
-    if regions:
-        return _parse_regions(operation, captions_file, captions, folder / f"{split}{REGIONS_END}")
+    if regions is not None:
+        return _parse_regions(operation, captions_file, captions, regions)
     ids = text_of(operation, ids_file).split()
     if bool(ids) != bool(captions) or (ids and len(captions) % len(ids)):
         raise LapsValueError(
@@ -137,7 +143,8 @@ def _parse_regions(operation: str, captions_file: Path, captions: list[str], reg
     try:
         features = np.load(regions, mmap_mode="r", allow_pickle=False)
         rows = len(features)
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    # NumPy raises almost any error on a damaged file.
+    except Exception as error:
         raise LapsValueError(
             _check.message(operation, f"{regions} cannot be read", "an array (images, K, D)", error)
         ) from error
@@ -163,9 +170,12 @@ def _parse_regions(operation: str, captions_file: Path, captions: list[str], reg
 
 
 def _same_row(features: Any, one: int, other: int) -> bool:
-    """Whether two rows of (images, K, D) show the same image, by their first and last regions."""
-    ends = [0, -1] if features.ndim == 3 and features.shape[1] else []
-    return bool(ends) and bool(np.array_equal(features[one][ends], features[other][ends]))
+    """Whether two rows of (images, K, D) show the same image."""
+    if features.ndim != 3 or not features.shape[1]:
+        return False
+    # The ends first, for they tell most images apart, and the rows of a split are gigabytes. They do not tell
+    # all: where a detector found less than K regions, zeros follow.
+    return all(np.array_equal(features[one][k], features[other][k]) for k in ([0, -1], slice(None)))
 
 
 def _number(id_: str) -> str:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
 from .. import _check
@@ -253,8 +253,12 @@ class CaptionTokenizer:
         return Tokens(input_ids, lengths, spans)
 
     def count(self, caption: str) -> int:
-        """The number of tokens of a caption, start and end included, before any truncation."""
-        return len(self.backend.encode(caption).ids)
+        """The number of tokens of a caption, start and end included, before any truncation.
+
+        Raises:
+            LapsValueError: half of a surrogate pair, which JSON can hold and UTF-8 cannot.
+        """
+        return len(self._encoding(caption).ids) + 2
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Rows of ids as one (B_t, L) int64 tensor, padded to the longest, and their lengths (B_t,) int64."""
@@ -305,9 +309,24 @@ class CaptionTokenizer:
                 changed.append(generator.choice(self._ordinary_ids))
         return self._framed(changed or ids)
 
+    def _encoding(self, caption: str) -> Encoding:
+        """Without start and end."""
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            raise LapsValueError(
+                _check.message(
+                    "CaptionTokenizer",
+                    "a caption is no text",
+                    "valid Unicode",
+                    f"{caption!r}: {error.reason}",
+                )
+            ) from None
+        return self.backend.encode(caption, add_special_tokens=False)
+
     def _words(self, caption: str) -> tuple[list[int], list[Span]]:
         """The ids without start and end, and per word: first id, past-the-last id, text as written."""
-        encoding = self.backend.encode(caption, add_special_tokens=False)
+        encoding = self._encoding(caption)
         numbers, offsets = encoding.word_ids, encoding.offsets
         words: list[Span] = []
         for piece, number in enumerate(numbers):

@@ -119,8 +119,15 @@ class ImageEncoder(nn.Module):
             raise LapsValueError(
                 _check.message("ImageEncoder", "pixel_values does not fit the model", expected, got)
             )
-        tokens: Tensor = self.projection(self._tokens_of(self.backbone, pixel_values))
-        return tokens
+        tokens = self._tokens_of(self.backbone, pixel_values)
+        if isinstance(self.projection, nn.Linear):
+            # A backbone without weights, that of regions, keeps the dtype of its input. Autocast casts by
+            # itself, and so do quantised weights, which are no floats.
+            dtype = self.projection.weight.dtype
+            if dtype.is_floating_point and not torch.is_autocast_enabled(tokens.device.type):
+                tokens = tokens.to(dtype)
+        projected: Tensor = self.projection(tokens)
+        return projected
 
     def boxes(self, pixel_values: Tensor) -> Tensor | None:
         """Where each token is, (B, N, 4) as x0, y0, x1, y1 in [0, 1], of regions; None of pixels."""

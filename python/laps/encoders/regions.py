@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from .. import _check
 from .._modes import eval_mode
-from ..data.regions import BOX, LABEL
+from ..data.regions import BOX, LABEL, label_names
 from ..data.tokenizer import CaptionTokenizer
-from ..errors import LapsValueError
+from ..errors import LapsError, LapsTypeError, LapsValueError
 from .backbone import DescribedBackbone, Description
 from .implementations import REGIONS
 from .text import TextEncoder
@@ -34,9 +35,13 @@ class RegionBackbone(DescribedBackbone):
             for E = 0, "without the label prior".
         position: whether p is there.
 
+    Rows are in float32 whatever the model's dtype is: half precision has no 301, a label's number. They are
+    looked up and put together as they are, and the encoder's projection takes them in its own dtype.
+
     Raises:
         LapsValueError, LapsTypeError: a size < 1. In `forward` LapsValueError: a label that has no embedding;
-            on a GPU, where looking costs time, its image becomes NaN.
+            on a GPU, where looking costs time, its image becomes NaN. LapsTypeError: rows with labels in half
+            precision.
 
     Source: CPFEAN's description (arXiv 2311.02183); without labels as in SCAN, CHAN, HREM on regions.
 
@@ -94,6 +99,9 @@ class RegionBackbone(DescribedBackbone):
         given = {name: value for name, value in config.items() if name != "model_type"}
         try:
             return cls(**given)
+        except LapsError:
+            # A LapsTypeError is a TypeError, and says itself what is wrong.
+            raise
         except TypeError as error:
             raise LapsValueError(
                 _check.message("RegionBackbone", "the config has other keys", "its arguments", error)
@@ -107,6 +115,15 @@ class RegionBackbone(DescribedBackbone):
 
     def forward(self, regions: Tensor) -> Tensor:
         """(B, K, D + 5) to (B, K, D + 5 + E)."""
+        if self.labels.numel() and regions.dtype not in (torch.float32, torch.float64):
+            raise LapsTypeError(
+                _check.message(
+                    "RegionBackbone",
+                    "regions with labels have the wrong dtype",
+                    "float32, also by a model in half precision, which rounds the labels' numbers",
+                    _check.name_of(regions.dtype),
+                )
+            )
         parts = [regions[..., : self.feature_dim]]
         if self.position:
             boxes = boxes_of(regions)
@@ -130,18 +147,22 @@ class RegionBackbone(DescribedBackbone):
 
 
 @torch.no_grad()
-def label_embeddings(labels: Sequence[str], text_encoder: TextEncoder, tokenizer: CaptionTokenizer) -> Tensor:
+def label_embeddings(
+    labels: Sequence[str] | str | Path, text_encoder: TextEncoder, tokenizer: CaptionTokenizer
+) -> Tensor:
     """What a language model knows of the labels: the mean of each one's word pieces, (number, E).
 
     Args:
-        labels: such as ``["person", "traffic light"]``, in the order of their numbers.
+        labels: such as ``["person", "traffic light"]``, in the order of their numbers; or the path of a text
+            file with a name a line.
         text_encoder: its backbone is asked, as it is now but in eval mode; E is the backbone's own size.
         tokenizer: of that backbone.
 
     Raises:
-        LapsValueError: no label, or one without a token.
+        LapsValueError: no label, or one without a token; a file that cannot be read. LapsTypeError: something
+            else, such as a mapping.
     """
-    tokens = tokenizer.encode(list(labels))
+    tokens = tokenizer.encode(label_names("label_embeddings", labels))
     parameter = next(text_encoder.parameters())
     rows = []
     with eval_mode(text_encoder):

@@ -71,8 +71,8 @@ def evaluate(
         rerank: K, also measure the two-stage form (see :class:`Reranked`): global embeddings nominate the K
             best captions of each image and the K best images of each caption, the model ranks these.
         scoring: ``"head"``, or ``"global"``: the cosine of one vector per image and one per caption, the
-            embeddings that the head's features have (means of patches and words), whatever the model was
-            trained with. Memory and time of a global-embedding model; what it loses is the user's to see.
+            `embedding` of the head's features (of LAPS the means of patches and of words), whatever the model
+            was trained for. Memory and time are those of a global-embedding model.
         progress: show progress bars, on a terminal or in a notebook.
 
     Returns:

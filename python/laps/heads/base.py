@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -117,6 +118,11 @@ class SimilarityHead(nn.Module, ABC):
                 "explain", f'the head "{self.name}" tells nothing of patches and words', 'such as "laps"'
             )
         )
+
+    def same_step(self) -> contextlib.AbstractContextManager[None]:
+        """Within it `training_scores` belongs to the step of the call before, of which a head that counts
+        steps counts one."""
+        return contextlib.nullcontext()
 
     def training_scores(
         self, image_tokens: Tensor, word_tokens: Tensor, word_lengths: Tensor

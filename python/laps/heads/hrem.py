@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -70,6 +71,7 @@ class HREMHead(EmbeddingHead):
     steps: Tensor
     # `steps` as the CPU knows it without waiting for the device; None until it is read there.
     _known_steps: int | None = None
+    _repeated = False
 
     def __init__(
         self,
@@ -141,10 +143,20 @@ class HREMHead(EmbeddingHead):
             crossed = [v @ text_nodes.T, image_nodes @ t.T, image_nodes @ text_nodes.T]
         return TrainingScores(scores, loss_scores=(scores, *crossed), penalty=PENALTY_WEIGHT * divergence)
 
+    @contextlib.contextmanager
+    def same_step(self) -> Iterator[None]:
+        self._repeated = True
+        try:
+            yield
+        finally:
+            self._repeated = False
+
     def _interacts(self) -> bool:
         """Whether this batch has an interaction; counts it."""
         if not self.training:
             return False
+        if self._repeated:
+            return (self._known_steps or 0) > self.interaction_start
         if self._known_steps is None:
             self._known_steps = int(self.steps)
         interacts = self._known_steps >= self.interaction_start
