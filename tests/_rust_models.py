@@ -25,7 +25,7 @@ MODELS: dict[str, tuple[str, str, int | None, dict[str, Any], dict[str, Any]]] =
     "vit": ("vit", "bert", 24, {}, {}),
     "swin": ("swin", "bert", 24, {"selection_ratio": 0.8, "aggregation_ratio": 0.6}, {"name": "info_nce"}),
     "clip": ("clip", "clip", None, {"directions": "word_to_patch", "fusion": False}, {"margin": 0.3}),
-    "paper": ("vit", "bert", 24, {"variant": "paper"}, {"name": "triplet"}),
+    "paper": ("vit", "bert", 24, {"variant": "paper"}, {"name": "triplet", "cutoff": 1.9}),
     "all patches": ("vit", "bert", 24, {"variant": "paper", "selection": "none"}, {}),
     "image": ("vit", "bert", 24, {"selection": "image", "direction_reduction": "mean"}, {"max_score": 1.0}),
     "dot": ("vit", "bert", 24, {"score": "dot", "directions": "patch_to_word", "negative_slope": 0.3}, {}),

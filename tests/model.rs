@@ -405,6 +405,8 @@ fn losses_outside_their_ranges_are_refused() {
         ("margin", LossOptions { margin: Some(0.2), ..contrastive.clone() }),
         ("temperature", LossOptions { temperature: Some(0.07), ..hinge.clone() }),
         ("temperature", LossOptions { temperature: Some(0.0), ..contrastive }),
+        ("cutoff", LossOptions { cutoff: Some(1.9), ..hinge.clone() }),
+        ("cutoff", LossOptions { name: LossName::Triplet, cutoff: Some(0.5), ..hinge.clone() }),
         ("ratio_weight", LossOptions { ratio_weight: f64::NAN, ..hinge.clone() }),
         ("max_score", LossOptions { max_score: Some(0.0), ..hinge }),
     ] {

@@ -256,6 +256,9 @@ pub struct LossOptions {
     /// The initial one of InfoNCE; None: 0.07.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub temperature: Option<f64>,
+    /// Of triplet: the distance beyond which no negative is drawn; None: 1.7.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cutoff: Option<f64>,
     /// Of the ratio loss (paper variant).
     pub ratio_weight: f64,
     /// The bound of the scores; None: [`HeadOptions::max_score`].
@@ -284,6 +287,16 @@ impl LossOptions {
             }
             _ => {}
         }
+        match self.cutoff {
+            Some(cutoff) if self.name != LossName::Triplet => {
+                return refuse("cutoff", "the loss triplet, or none", cutoff);
+            }
+            // Distances have a floor of 0.5, at which all weights would end.
+            Some(cutoff) if !(cutoff > 0.5 && cutoff <= 2.0) => {
+                return refuse("cutoff", "0.5 < cutoff <= 2", cutoff);
+            }
+            _ => {}
+        }
         if !(self.ratio_weight >= 0.0 && self.ratio_weight.is_finite()) {
             return refuse("ratio_weight", "0 <= ratio_weight < inf", self.ratio_weight);
         }
@@ -302,6 +315,7 @@ impl Default for LossOptions {
             name: LossName::Hinge,
             margin: None,
             temperature: None,
+            cutoff: None,
             ratio_weight: 1.0,
             max_score: None,
         }

@@ -11,7 +11,7 @@ const MARGIN: f64 = 0.2;
 const TEMPERATURE: f64 = 0.07;
 /// The highest 1 / temperature.
 const MOST_SCALE: f64 = 100.0;
-/// Of the distance-weighted draw (Wu et al., 2017): dimension of the sphere, floor of the distance, and its cutoff.
+/// Of the distance-weighted draw (Wu et al., 2017): dimension of the sphere, floor of the distance, usual cutoff.
 const DIMENSION: f64 = 512.0;
 const LEAST_DISTANCE: f64 = 0.5;
 const CUTOFF: f64 = 1.7;
@@ -86,9 +86,9 @@ impl Objective {
                 all(scores, &same, margin)?.f_add(&all(&transposed(scores)?, &same, margin)?)?
             }
             (LossName::Triplet, _) => {
-                let max_score = self.max_score;
-                let one = drawn(scores, &same, margin, max_score)?;
-                one.f_add(&drawn(&transposed(scores)?, &same, margin, max_score)?)?
+                let cutoff = self.options.cutoff.unwrap_or(CUTOFF);
+                let draw = |scores: &Tensor| drawn(scores, &same, margin, self.max_score, cutoff);
+                draw(scores)?.f_add(&draw(&transposed(scores)?)?)?
             }
             (LossName::InfoNce, Some(log_scale)) => {
                 // The parameter itself is kept in range: a clamp inside the graph would stop its gradient for good.
@@ -143,13 +143,13 @@ fn all(scores: &Tensor, same: &Tensor, margin: f64) -> Result<Tensor> {
 }
 
 /// Each pair against one negative of its row, drawn the more likely the rarer its distance is on a sphere.
-fn drawn(scores: &Tensor, same: &Tensor, margin: f64, max_score: f64) -> Result<Tensor> {
+fn drawn(scores: &Tensor, same: &Tensor, margin: f64, max_score: f64, cutoff: f64) -> Result<Tensor> {
     let cosines = scores.f_detach()?.f_to_kind(Kind::Double)?.f_div_scalar(max_score)?.f_clamp(-1.0, 1.0)?;
     let distance = cosines.f_mul_scalar(-2.0)?.f_add_scalar(2.0)?.f_sqrt()?.f_clamp_min(LEAST_DISTANCE)?;
     let rim = distance.f_square()?.f_div_scalar(-4.0)?.f_add_scalar(1.0)?.f_clamp_min(1e-12)?.f_log()?;
     let near = distance.f_log()?.f_mul_scalar(2.0 - DIMENSION)?;
     let log_weights = near.f_sub(&rim.f_mul_scalar((DIMENSION - 3.0) / 2.0)?)?;
-    let out = same.f_logical_or(&distance.f_ge(CUTOFF)?)?;
+    let out = same.f_logical_or(&distance.f_ge(cutoff)?)?;
     let log_weights = log_weights.f_masked_fill(&out, f64::NEG_INFINITY)?;
     // NaN cannot be drawn from, and must not vanish either: such a row's loss is NaN.
     let poisoned = log_weights.f_isnan()?.f_any_dim(1, false)?;
