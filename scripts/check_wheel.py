@@ -30,7 +30,6 @@ TORCH = re.compile(r"lib(torch|torch_cpu|torch_cuda|torch_python|c10)\.so|lib(st
 NEWEST_GLIBC = (2, 28)
 # PEP 600's names for the older policies.
 OLD_POLICIES = {"manylinux1": (2, 5), "manylinux2010": (2, 12), "manylinux2014": (2, 17)}
-WHEEL_FILES = ("laps/__init__.py", "laps/_laps.pyi", "laps/py.typed", "laps_command/__init__.py")
 NATIVE_FILES = ("laps_native/__init__.py", "laps_native/_native.pyi", "laps_native/py.typed")
 SDIST_FILES = (
     "Cargo.lock",
@@ -48,6 +47,13 @@ SDIST_FILES = (
 
 # Hidden, compiled, cached: what a build or an editor leaves in the working tree.
 STRAY = re.compile(r"(^|/)(\.|__pycache__/|target/|dist/|out/)|\.(so|pyc|whl|partial)$")
+
+
+def package_files() -> list[str]:
+    """What the packages of the source tree hold, beside what a build leaves there."""
+    root = Path(__file__).resolve().parent.parent / "python"
+    names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return [name for name in names if not STRAY.search(name)]
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ def check_wheel(wheel: Path) -> list[str]:
         names = archive.namelist()
         binaries = [read_binary(name, archive.read(name)) for name in names if ".so" in Path(name).suffixes]
     problems += [
-        f"{name} is not in it" for name in (NATIVE_FILES if native else WHEEL_FILES) if name not in names
+        f"{name} is not in it" for name in (NATIVE_FILES if native else package_files()) if name not in names
     ]
     problems += [
         f"{licence} is not in it"
