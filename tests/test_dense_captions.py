@@ -122,14 +122,20 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path: Path, content: str, message
 # ---- batches
 
 
+def without_and_with(
+    data: RetrievalData, tokenizer: CaptionTokenizer, texts: list[str], augment: float
+) -> list[CaptionDataset]:
+    transform = tiny_laps(tokenizer=tokenizer).transform
+    return [
+        CaptionDataset(data, tokenizer, transform, augment=augment, dense_captions=given)
+        for given in (None, texts)
+    ]
+
+
 def test_a_batch_holds_the_dense_captions_of_its_images(
     data: tuple[RetrievalData, RetrievalData], texts: list[str], tokenizer: CaptionTokenizer
 ) -> None:
-    transform = tiny_laps(tokenizer=tokenizer).transform
-    plain, dense = (
-        CaptionDataset(data[0], tokenizer, transform, augment=0, dense_captions=given)
-        for given in (None, texts)
-    )
+    plain, dense = without_and_with(data[0], tokenizer, texts, augment=0)
     loader = DataLoader(dense, batch_size=6, collate_fn=dense.collate, num_workers=2)
     for number, batch in enumerate(loader):
         without = plain.collate([plain[t] for t in range(number * 6, min(number * 6 + 6, len(plain)))])
@@ -146,11 +152,7 @@ def test_a_batch_holds_the_dense_captions_of_its_images(
 def test_captions_are_augmented_as_without_dense_captions(
     data: tuple[RetrievalData, RetrievalData], texts: list[str], tokenizer: CaptionTokenizer
 ) -> None:
-    transform = tiny_laps(tokenizer=tokenizer).transform
-    plain, dense = (
-        CaptionDataset(data[0], tokenizer, transform, augment=0.5, dense_captions=given)
-        for given in (None, texts)
-    )
+    plain, dense = without_and_with(data[0], tokenizer, texts, augment=0.5)
     changed = 0
     for t in range(8):
         one, other = plain[t], dense[t]

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from . import _check, functional
 from . import torch_backend as core
 from .errors import LapsValueError
+from .heads.layers import Linear
 from .heads.pairs import CHUNK, unit
 from .heads.scan import attention
 
@@ -127,7 +128,8 @@ class RelevanceNet(nn.Module):
             raise LapsValueError(
                 _check.message("RelevanceNet", "k is out of range", f"k <= {MOST_RELEVANT}", k)
             )
-        self.fc1, self.fc2 = nn.Linear(k, 2 * k), nn.Linear(2 * k, 1)
+        # Scores are float32 at least, whatever the weights are.
+        self.fc1, self.fc2 = Linear(k, 2 * k), Linear(2 * k, 1)
         for parameter in self.fc2.parameters():
             nn.init.zeros_(parameter)
 
@@ -139,10 +141,8 @@ class RelevanceNet(nn.Module):
         best = best.masked_fill(~real, -torch.inf)
         top = best.topk(min(self.k, best.shape[-1]), dim=-1).values
         top = F.pad(top.masked_fill(top == -torch.inf, 0.0), (0, self.k - top.shape[-1]))
-        # Scores are float32 at least, whatever the weights are.
-        hidden = F.linear(top, self.fc1.weight.to(top.dtype), self.fc1.bias.to(top.dtype))
-        output = F.linear(F.gelu(hidden), self.fc2.weight.to(top.dtype), self.fc2.bias.to(top.dtype))
-        return output[..., 0]
+        added: Tensor = self.fc2(F.gelu(self.fc1(top)))[..., 0]
+        return added
 
 
 def word_slots(length: int) -> int:

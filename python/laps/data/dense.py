@@ -12,6 +12,7 @@ from ..errors import LapsTypeError, LapsValueError
 from .listing import is_blank
 from .parsers import PAIR_SUFFIXES, field_of, json_of, pair_rows, text_of
 from .records import RetrievalData
+from .regions import ARCHIVE_END
 from .tokenizer import CaptionTokenizer
 
 __all__ = ["check_dense_captions", "read_dense_captions"]
@@ -55,7 +56,7 @@ def read_dense_captions(file: str | Path, data: RetrievalData) -> list[str]:
     for path in data.image_paths:
         names = [str(PurePosixPath(*path.parts[start:])) for start in range(len(path.parts))]
         entry = next((name for name in names if name in texts), None)
-        if entry is None and path.suffix == ".npz":
+        if entry is None and path.suffix == ARCHIVE_END:
             entry = next((stems[_stem(name)] for name in names if _stem(name) in stems), None)
         if entry is None:
             missing.append(path)
