@@ -84,13 +84,15 @@ test-python: venv native
 	@# A broken one would only skip its tests.
 	@$(BIN)/python -c 'import laps.encoders.native'
 	@echo '[test] pytest'
-	@$(BIN)/python -m pytest --quiet
+	@$(BIN)/python -m pytest --quiet --numprocesses logical --maxprocesses 8 --dist worksteal
 
 lint: venv native
 	@echo '[lint] cargo fmt, clippy, doc'
 	@cargo fmt --check
 	@cargo clippy --locked --quiet --all-targets -- --deny warnings
-	@$(TCH) cargo clippy --locked --quiet --workspace --all-targets --features python,cuda,torch -- --deny warnings
+	@# Profiles and features as where each is built, or torch-sys (minutes) would be compiled once more.
+	@$(TCH) cargo clippy --locked --quiet --all-targets --features python,cuda,torch -- --deny warnings
+	@$(TCH) cargo clippy --locked --quiet --all-targets --package laps-rs-native --profile native -- --deny warnings
 	@$(TCH) RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda,torch
 	@echo '[lint] ruff, mypy, stubs, tables'
 	@$(BIN)/ruff check --quiet

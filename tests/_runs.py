@@ -40,11 +40,13 @@ def train(folder: Path, save_every: int, resume: bool) -> None:
     """Two epochs of twelve steps, with dropout, both augmentations, AdamW and a choice by dev."""
     train_data, dev_data = load(SCENES, "train"), load(SCENES, "dev")
     if folder.name == "evaluating":
-        # An evaluation that takes long enough to be interrupted.
+        # An evaluation of several batches, which take long enough to be interrupted (below).
         dev_data = RetrievalData(dev_data.image_paths * 80, ["a circle"] * 480, [*range(480)])
     # A resumed run starts from other weights: all of them have to come from the checkpoint.
     tokenizer = CaptionTokenizer.from_file(SCENES / "tokenizer.json")
     model = tiny_laps(tokenizer=tokenizer, seed=1 if resume else 0, variant="paper")
+    if folder.name == "evaluating" and not resume:
+        model.image_encoder.register_forward_pre_hook(lambda *_: None if model.training else time.sleep(0.5))
     config = TrainConfig(
         epochs=2,
         batch_size=4,

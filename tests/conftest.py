@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Processes share the cores, and so do those that tests start. Before torch is imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import laps.heads.base
 import pytest
