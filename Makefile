@@ -90,8 +90,9 @@ lint: venv native
 	@echo '[lint] cargo fmt, clippy, doc'
 	@cargo fmt --check
 	@cargo clippy --locked --quiet --all-targets -- --deny warnings
-	@# Profiles and features as where each is built, or torch-sys (minutes) would be compiled once more.
-	@$(TCH) cargo clippy --locked --quiet --all-targets --features python,cuda,torch -- --deny warnings
+	@cargo clippy --locked --quiet --all-targets --features python,cuda -- --deny warnings
+	@# With profiles and features as for building and testing, or torch-sys (minutes) would be compiled once more.
+	@$(TCH) cargo clippy --locked --quiet --all-targets --features cuda,torch -- --deny warnings
 	@$(TCH) cargo clippy --locked --quiet --all-targets --package laps-rs-native --profile native -- --deny warnings
 	@$(TCH) RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda,torch
 	@echo '[lint] ruff, mypy, stubs, tables'
