@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -22,6 +22,7 @@ from ._tensor_files import load_tensors, save_tensors
 from .config import PRESETS, LAPSConfig
 from .data import Batch, CaptionTokenizer, ImageTransform, RegionTransform
 from .data.regions import label_names
+from .distributed import Ranks
 from .encoders import ImageEncoder, RegionBackbone, TextEncoder, implementations, label_embeddings
 from .encoders.backbone import UNUSED, describe, freeze, is_transformers
 from .encoders.keys import check_weights
@@ -30,12 +31,30 @@ from .features import ImageFeatures, Span, TextFeatures
 from .heads import SimilarityHead, build_head
 from .objective import Objective
 
-__all__ = ["LAPS"]
+__all__ = ["LAPS", "BatchTokens"]
 
 CONFIG, WEIGHTS, TOKENIZER, TRANSFORM = "config.json", "model.safetensors", "tokenizer.json", "transform.json"
 CARD = "README.md"
 SIDES = ("image_encoder", "text_encoder")
 LAPST = TypeVar("LAPST", bound="LAPS")
+
+
+class BatchTokens(NamedTuple):
+    """What the encoders make of a batch: tokens (B, P + N, C) of images, (B, L, C) of captions, and (B, L', C)
+    of dense captions, or None."""
+
+    images: Tensor
+    words: Tensor
+    dense: Tensor | None = None
+
+
+class _Joint(NamedTuple):
+    """What captions are scored against: tokens and boxes of images, and the ids of all ranks' images."""
+
+    images: Tensor
+    boxes: dict[str, Tensor]
+    image_ids: Tensor
+    ranks: Ranks
 
 
 class LAPS(nn.Module, ModelHubMixin):
@@ -388,7 +407,12 @@ class LAPS(nn.Module, ModelHubMixin):
     # ---- training
 
     def forward(
-        self, batch: Batch, *, warmup: float | None = None, dense_weight: float = 1.0
+        self,
+        batch: Batch,
+        *,
+        warmup: float | None = None,
+        dense_weight: float = 1.0,
+        ranks: Ranks | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and values to log (0-d tensors, detached).
 
@@ -396,26 +420,61 @@ class LAPS(nn.Module, ModelHubMixin):
             batch: image i with caption i; several may show the same image.
             warmup: in the first epoch the share of its steps that are done; None afterwards.
             dense_weight: what the loss of the images with the batch's dense captions counts, if it has any.
+            ranks: whose batches make one, of which this is a part; see :mod:`laps.distributed`. None: this
+                batch is the whole.
         """
+        return self.loss_of_tokens(
+            batch, self.encode_batch(batch), warmup=warmup, dense_weight=dense_weight, ranks=ranks
+        )
+
+    def encode_batch(self, batch: Batch) -> BatchTokens:
+        """The encoders' part of `forward`: tokens of a batch, of which the rows are independent."""
         images = self.image_encoder(batch.pixel_values)
-        loss, values = self._loss(batch, images, batch.input_ids, batch.lengths, warmup)
+        words = self.text_encoder(batch.input_ids, batch.lengths)
         if batch.dense_ids is None or batch.dense_lengths is None:
+            return BatchTokens(images, words)
+        return BatchTokens(images, words, self.text_encoder(batch.dense_ids, batch.dense_lengths))
+
+    def loss_of_tokens(
+        self,
+        batch: Batch,
+        tokens: BatchTokens,
+        *,
+        warmup: float | None = None,
+        dense_weight: float = 1.0,
+        ranks: Ranks | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The other part of `forward`: what the head and the objective make of a batch's tokens."""
+        joint = self._joint(batch, tokens.images, ranks or Ranks())
+        loss, values = self._loss(joint, tokens.words, batch.lengths, warmup)
+        if tokens.dense is None or batch.dense_lengths is None:
             return loss, values
         with self.head.same_step():
-            dense, _ = self._loss(batch, images, batch.dense_ids, batch.dense_lengths, warmup)
+            dense, _ = self._loss(joint, tokens.dense, batch.dense_lengths, warmup)
         loss = loss + dense_weight * dense
         return loss, values | {"loss": loss.detach(), "dense_loss": dense.detach()}
 
+    def _joint(self, batch: Batch, images: Tensor, ranks: Ranks) -> _Joint:
+        """What this rank scores: its own images, or all where the head needs them together."""
+        boxes, image_ids = self._boxes(batch.pixel_values), ranks.gather(batch.image_ids)
+        if not self.head.row_wise:
+            images = ranks.gather(images)
+            boxes = {name: ranks.gather(tensor) for name, tensor in boxes.items()}
+        return _Joint(images, boxes, image_ids, ranks)
+
     def _loss(
-        self, batch: Batch, images: Tensor, input_ids: Tensor, lengths: Tensor, warmup: float | None
+        self, joint: _Joint, words: Tensor, lengths: Tensor, warmup: float | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the images' tokens with some captions of theirs, and values to log."""
-        words = self.text_encoder(input_ids, lengths)
-        ids = {"image_ids": batch.image_ids} if self.head.uses_image_ids else {}
-        scored = self.head.training_scores(images, words, lengths, **self._boxes(batch.pixel_values), **ids)
+        ranks = joint.ranks
+        words, lengths = ranks.gather_padded(words), ranks.gather_host(lengths, words.device)
+        ids = {"image_ids": joint.image_ids} if self.head.uses_image_ids else {}
+        scored = self.head.training_scores(joint.images, words, lengths, **joint.boxes, **ids)
+        if self.head.row_wise:
+            scored = ranks.gather_scores(scored)
         loss, values = self.objective(
             scored.scores,
-            batch.image_ids,
+            joint.image_ids,
             warmup=warmup,
             loss_scores=scored.loss_scores,
             penalty=scored.penalty,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -361,6 +361,8 @@ class LAPSHead(SimilarityHead):
     score: PatchScore | None
     word_aggregation: PatchCalibration | None
     relevance: nn.ModuleDict | None
+
+    row_wise: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ class SimilarityHead(nn.Module, ABC):
         name: what it is found by; :func:`register_head` sets it.
         uses_boxes: whether `encode_image` and `training_scores` take ``boxes``, (B_v, N, 4) as x0, y0, x1, y1
             in [0, 1], where the image encoder knows where its tokens are (regions).
+        row_wise: whether `training_scores` of some of the images against all captions are those rows of the
+            whole, so that ranks can share them out (without a penalty). Else each rank scores all pairs.
         uses_image_ids: whether `training_scores` takes ``image_ids``, (B,) integers: which image the data
             row i shows.
         default_loss: keyword arguments of :class:`laps.objective.Objective`, as its authors train it.
@@ -60,6 +62,7 @@ class SimilarityHead(nn.Module, ABC):
     name: ClassVar[str] = ""
     uses_boxes: ClassVar[bool] = False
     uses_image_ids: ClassVar[bool] = False
+    row_wise: ClassVar[bool] = False
     default_loss: ClassVar[Mapping[str, Any]] = {}
     embed_dim: int
     num_patches: int

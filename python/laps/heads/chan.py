@@ -49,6 +49,7 @@ class CHANHead(PairHead):
         torch.Size([2, 3])
     """
 
+    row_wise: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "hinge", "margin": 0.05}
 
     def __init__(

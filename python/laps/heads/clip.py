@@ -45,6 +45,7 @@ class CLIPHead(EmbeddingHead):
         torch.Size([2, 3])
     """
 
+    row_wise: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "info_nce"}
 
     def __init__(self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1) -> None:

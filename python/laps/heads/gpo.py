@@ -88,6 +88,7 @@ class GPOHead(EmbeddingHead):
         torch.Size([2, 3])
     """
 
+    row_wise: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "hinge", "margin": 0.2}
 
     def __init__(

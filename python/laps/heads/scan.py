@@ -64,6 +64,7 @@ class SCANHead(PairHead):
         torch.Size([2, 3])
     """
 
+    row_wise: ClassVar[bool] = True
     default_loss: ClassVar[Mapping[str, Any]] = {"name": "hinge", "margin": 0.2}
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class GlobalHead(EmbeddingHead):
         >>> head.similarity(images, texts).shape
         torch.Size([2, 3])
     """
+
+    row_wise: ClassVar[bool] = True
 
     def __init__(
         self, embed_dim: int, num_patches: int, *, num_prefix_tokens: int = 1, pooling: str = "mean"
