@@ -40,7 +40,16 @@ def model_with(head: str, objective: str | None = None, *, dropout: float = 0.0)
     model = tiny_laps(head="laps" if head.startswith("paper") else head, **OPTIONS[head])
     if objective is not None:
         model.objective = laps.objective.Objective.for_head(model.head, {"name": objective})
-    model.double().train()
+    without_dropout(model.double().train(), dropout)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.head.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def without_dropout(model: laps.LAPS, dropout: float = 0.0) -> laps.LAPS:
+    """The model with another probability of dropout everywhere."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = dropout
@@ -48,10 +57,6 @@ def model_with(head: str, objective: str | None = None, *, dropout: float = 0.0)
         for name in ("dropout_prob", "attention_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, dropout)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(1)
-        for parameter in model.head.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     return model
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,5 +69,6 @@ def test_without_a_process_group_there_is_one_rank() -> None:
     assert ranks.objects("a") == ["a"]
     assert ranks.on_main(lambda: 3) == 3
     assert ranks.part(7) == slice(0, 7)
-    assert ranks.any(True, torch.device("cpu"))
+    assert ranks.largest(3, torch.device("cpu")) == 3
+    assert ranks.together(lambda: 4) == 4
     ranks.wait()

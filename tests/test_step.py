@@ -56,7 +56,7 @@ def test_gradients_add_up() -> None:
 
 
 def test_dropout_draws_the_same_numbers_in_both_passes() -> None:
-    """Else the gradient would be none of the loss: along it, the loss with the same numbers must change by it."""
+    """Else the gradient would not be that of the loss: with the same numbers its slope is compared."""
     batch = joint_batch()
     # The gradient of LAPS is not its slope: selection has none.
     model = model_with("vse", dropout=0.3)

@@ -16,7 +16,8 @@ __all__ = ["FROM_PRESET", "add_train_options"]
 FROM_PRESET = ("learning_rate", "backbone_lr_ratio", "batch_size")
 HELP = {
     "epochs": "passes over the captions",
-    "batch_size": "pairs in a batch; they are each other's negatives",
+    "batch_size": "pairs in a batch, of all processes together; they are each other's negatives",
+    "mini_batch_size": "pairs that are encoded at once, for batches larger than the memory (GradCache)",
     "accumulation": "batches per optimizer step; their gradients are averaged",
     "learning_rate": "of the projections and the head",
     "backbone_lr_ratio": "learning rate of the backbones over --learning-rate",
@@ -47,6 +48,7 @@ DEFAULTS = {
     "clip_norm": "2.0",
     "augment": "0.2, or none for CLIP's tokenizer, which has no mask token",
     "device": "cuda if there is one, else cpu",
+    "mini_batch_size": "all",
     "loggers": "none",
 }
 CHOICES = {"schedule": SCHEDULES, "on_error": ON_ERROR, "loggers": LOGGERS}
@@ -65,6 +67,7 @@ TYPES: dict[str, Callable[[str], Any]] = {
     "augment": probability_or_none,
     "clip_norm": number_or_none,
     "loggers": str,
+    "mini_batch_size": int,
     "milestones": int,
 }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ._tensor_files import load_tensors, save_tensors
 from .encoders.keys import check_weights
 from .errors import LapsValueError
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["generator_states", "load_checkpoint", "save_checkpoint"]
 
 MODEL, OPTIMIZER, RANDOM, STATE = (
     "model.safetensors",
@@ -35,7 +35,11 @@ MODEL, OPTIMIZER, RANDOM, STATE = (
 
 
 def save_checkpoint(
-    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: dict[str, Any],
+    generators: Sequence[Mapping[str, Tensor]] = (),
 ) -> None:
     """Write a checkpoint, replacing the one that may be there only once the new one is complete.
 
@@ -44,6 +48,7 @@ def save_checkpoint(
         model: its state dict is stored under its own names, for the same installation.
         optimizer: with its state per parameter.
         progress: counters and the like, as JSON can hold them.
+        generators: of several ranks the states of torch's, of :func:`generator_states`, in their order.
 
     Raises:
         OSError: the disk is full, or not writable; the old checkpoint is untouched.
@@ -52,7 +57,7 @@ def save_checkpoint(
     with atomic_folder(folder) as new:
         save_tensors(new / MODEL, model.state_dict())
         save_tensors(new / OPTIMIZER, states)
-        save_tensors(new / RANDOM, _random_tensors())
+        save_tensors(new / RANDOM, _random_tensors(generators))
         state = {
             "progress": progress,
             "optimizer": groups,
@@ -62,8 +67,12 @@ def save_checkpoint(
         (new / STATE).write_text(json.dumps(state, default=np.ndarray.tolist))
 
 
-def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def load_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0
+) -> dict[str, Any]:
     """Restore everything that `save_checkpoint` wrote, random states included, and return its `progress`.
+
+    A `rank` that there was not keeps the states of torch's generators that it has.
 
     Raises:
         LapsValueError: no checkpoint there, a broken file (named), or the weights of another model (the
@@ -85,13 +94,16 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: torch.optim
         generators = _generators(state)
         _check_groups(state["optimizer"], optimizer)
     with _naming(folder / RANDOM):
-        torch.Generator().set_state(randoms["torch"])
+        own = _of_rank(randoms, rank)
+        for name, generator in own.items():
+            if name == "torch":
+                torch.Generator().set_state(generator)
     with _naming(folder / OPTIMIZER):
         restored = _unflatten(moments, state["optimizer"])
         _check_moments(restored, optimizer)
         optimizer.load_state_dict(restored)
     model.load_state_dict(weights)
-    _restore_random(*generators, randoms)
+    _restore_random(*generators, own)
     progress: dict[str, Any] = state["progress"]
     return progress
 
@@ -169,11 +181,30 @@ def _check_moments(restored: dict[str, Any], optimizer: torch.optim.Optimizer) -
 # ---- random states
 
 
-def _random_tensors() -> dict[str, Tensor]:
+def generator_states(device: torch.device | None = None) -> dict[str, Tensor]:
+    """The states of torch's generators: the CPU's, and that of `device`, or of all GPUs if it is None."""
     states = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device is not None:
+        if device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(device)
+    elif torch.cuda.is_available():
         states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
+
+
+def _random_tensors(generators: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    if not generators:
+        return generator_states()
+    return {f"rank{r}.{n}": state for r, states in enumerate(generators) for n, state in states.items()}
+
+
+def _of_rank(randoms: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """The states of one rank; those of one process are rank 0's."""
+    if rank == 0 and not any(name.startswith("rank0.") for name in randoms):
+        # Without it the file is broken.
+        return {**randoms, "torch": randoms["torch"]}
+    prefix = f"rank{rank}."
+    return {name.removeprefix(prefix): t for name, t in randoms.items() if name.startswith(prefix)}
 
 
 def _generators(state: dict[str, Any]) -> tuple[random.Random, np.random.RandomState]:
@@ -185,7 +216,10 @@ def _generators(state: dict[str, Any]) -> tuple[random.Random, np.random.RandomS
 
 
 def _restore_random(own: random.Random, numpys: np.random.RandomState, randoms: dict[str, Tensor]) -> None:
-    torch.set_rng_state(randoms["torch"])
+    if "torch" in randoms:
+        torch.set_rng_state(randoms["torch"])
+    if "cuda" in randoms and torch.cuda.is_available():
+        torch.cuda.set_rng_state(randoms["cuda"])
     for i in range(torch.cuda.device_count()):
         if f"cuda.{i}" in randoms:
             torch.cuda.set_rng_state(randoms[f"cuda.{i}"], i)

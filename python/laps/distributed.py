@@ -1,7 +1,7 @@
 """Tensors of all ranks of a process group, with the gradients that one process would have.
 
-Every rank computes the loss of the joint batch, from what all of them gathered: it is the same number on each.
-The gradient of what was gathered is the sum over the ranks' gradients, W times that of one process. Averaged
+Every rank computes the loss of the joint batch, from what all of them gathered: the same number on each. The
+gradient of what was gathered is the sum over the ranks' gradients, W times that of one process. Averaged
 over the ranks, as DistributedDataParallel does it, the gradient of a parameter is then exact:
 
     1/W sum_r J_r^T (W dL/dx_r) = sum_r J_r^T dL/dx_r          (J_r: of rank r's part of the batch)
@@ -83,7 +83,7 @@ class Ranks:
         if self.size == 1:
             return tensor
         rows = self._sizes("gather", tensor)
-        gathered: Tensor = _Gather.apply(tensor, rows, self)
+        gathered: Tensor = _Gather.apply(tensor, rows, self)  # type: ignore[no-untyped-call]
         return gathered
 
     def gather_padded(self, tokens: Tensor) -> Tensor:
@@ -113,13 +113,13 @@ class Ranks:
         """This rank's share of `count` items: contiguous, sizes that differ by one at most."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is set on any rank."""
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return flag
-        found = torch.tensor(int(flag), device=device)
+            return number
+        found = torch.tensor(number, device=device)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self.group)
-        return bool(found)
+        return int(found)
 
     def _shapes(self, tensor: Tensor) -> list[tuple[int, ...]]:
         mine = torch.tensor(tensor.shape, device=tensor.device)
@@ -151,6 +151,28 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def together(self, function: Callable[[], ResultT]) -> ResultT:
+        """Call the function on every rank; if it fails on one, all raise that rank's error.
+
+        Else the others would wait for it.
+
+        Raises:
+            LapsError, OSError: of the first rank that raised one.
+        """
+        if self.size == 1:
+            return function()
+        result: Any = None
+        failed: LapsError | OSError | None = None
+        try:
+            result = function()
+        except (LapsError, OSError) as error:
+            failed = error
+        for error_of_rank in self.objects(failed):
+            if error_of_rank is not None:
+                raise error_of_rank
+        returned: ResultT = result
+        return returned
+
     def on_main(self, function: Callable[[], ResultT]) -> ResultT:
         """Call the function on rank 0 alone; all ranks get what it returned, or raise what it raised.
 
@@ -163,8 +185,8 @@ class Ranks:
         if self.main:
             try:
                 outcome = [function(), None]
-            except (LapsError, OSError) as error:
-                outcome = [None, error]
+            except (LapsError, OSError) as raised:
+                outcome = [None, raised]
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         dist.broadcast_object_list(outcome, src=source, group=self.group)
         result, error = outcome

@@ -40,8 +40,13 @@ LAPST = TypeVar("LAPST", bound="LAPS")
 
 
 class BatchTokens(NamedTuple):
-    """What the encoders make of a batch: tokens (B, P + N, C) of images, (B, L, C) of captions, and (B, L', C)
-    of dense captions, or None."""
+    """What the encoders make of a batch.
+
+    Attributes:
+        images: (B, P + N, C), prefix first.
+        words: (B, L, C), padded.
+        dense: (B, L', C), those of the dense captions, or None.
+    """
 
     images: Tensor
     words: Tensor

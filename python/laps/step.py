@@ -1,4 +1,4 @@
-"""The gradient of a batch: at once, in parts that fit the memory, and with the batches of all ranks as one."""
+"""The gradient of a batch: at once, in parts that fit the memory, with the batches of all ranks as one."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ class TrainingStep:
 
         Args:
             batch: on the model's device; this rank's part.
-            warmup, dense_weight: see :meth:`laps.LAPS.forward`.
+            warmup: see :meth:`laps.LAPS.forward`.
+            dense_weight: the same.
             scale: what the gradient is multiplied by, for accumulation: 1 / batches.
             sync: False leaves the gradients of the ranks apart: for all but the last batch of an
                 accumulation.
@@ -120,7 +121,7 @@ class TrainingStep:
             states.append(_RandomState.now(device))
             with torch.no_grad(), self._autocast():
                 encoded.append(self.model.encode_batch(part))
-        tokens = BatchTokens(*(_leaf(kind) for kind in zip(*encoded, strict=True)))
+        tokens = _leaves(encoded)
         del encoded
         with self._autocast():
             loss, values = self.model.loss_of_tokens(batch, tokens, **options)
@@ -196,10 +197,14 @@ def _after_encoders(model: LAPS) -> list[nn.Parameter]:
     return [parameter for parameter in parameters if parameter.requires_grad]
 
 
-def _leaf(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The parts as one tensor, of which a gradient is wanted."""
-    given = [part for part in parts if part is not None]
-    return torch.cat(given).requires_grad_() if given else None
+def _leaves(parts: Sequence[BatchTokens]) -> BatchTokens:
+    """The tokens of the parts of a batch as those of the batch, of which gradients are wanted."""
+    dense = [part.dense for part in parts if part.dense is not None]
+    return BatchTokens(
+        torch.cat([part.images for part in parts]).requires_grad_(),
+        torch.cat([part.words for part in parts]).requires_grad_(),
+        torch.cat(dense).requires_grad_() if dense else None,
+    )
 
 
 @dataclass(frozen=True)

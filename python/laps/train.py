@@ -25,16 +25,18 @@ from ._files import atomic_folder, recover_folder, write_atomically
 from ._folder_lock import locked_folder
 from ._json_files import read_object
 from ._workers import end_workers, leave_signals, start_workers
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import generator_states, load_checkpoint, save_checkpoint
 from .data import Batch, CaptionDataset, CaptionTokenizer, RetrievalData
 from .data.dense import check_dense_captions
 from .data.loading import batches_of
 from .data.sampler import EpochSampler
 from .data.usable import usable
+from .distributed import Ranks
 from .errors import LapsError, LapsValueError
 from .evaluation import evaluate
 from .loggers import Logger, open_loggers
 from .model import LAPS
+from .step import TrainingStep
 from .train_config import TrainConfig
 
 __all__ = ["TrainConfig", "Trainer", "TrainingStoppedError"]
@@ -48,6 +50,7 @@ FREE_ON_RESUME = {
     "progress",
     "eval_batch_size",
     "device",
+    "mini_batch_size",
 }
 
 # The share of a caption's words that augmentation changes.
@@ -117,6 +120,10 @@ class Trainer:
     ``best/`` (``LAPS.from_pretrained`` reads it) and ``log.jsonl``. On the CPU a run that was killed and
     resumed ends with the same weights, bit for bit, as one that was not.
 
+    Where there is a process group (``torchrun``) all its ranks build a trainer alike and train one model:
+    each encodes its share of every batch, see :class:`laps.step.TrainingStep`; rank 0 writes the folder,
+    which all ranks read to resume. Without dropout, what is learned does not depend on how many they are.
+
     Args:
         model: with a tokenizer. It is trained in place.
         train_data: what to learn from.
@@ -128,9 +135,9 @@ class Trainer:
             the same loss. It guides training alone: evaluation knows the captions and nothing else.
 
     Raises:
-        LapsValueError: the model has no tokenizer, a missing image, a damaged dev image or a caption without
-            tokens (unless ``on_error="skip"``, which leaves them out and warns with the numbers), fewer
-            captions than one batch, or the folder holds another run.
+        LapsValueError: a batch size that the ranks cannot share, the model has no tokenizer, a missing image,
+            a damaged dev image or a caption without tokens (unless ``on_error="skip"``, which leaves them out
+            and warns with the numbers), fewer captions than one batch, or the folder holds another run.
 
     Source: section "Loss and recipe". Dense captions: in the spirit of SEPS (arXiv 2511.01390) and D2S-VSE,
     without their use at test time.
@@ -151,10 +158,20 @@ class Trainer:
             raise LapsValueError(
                 _check.message("Trainer", "model has no tokenizer", "LAPS(..., tokenizer=...)")
             )
+        self.ranks = Ranks.here()
+        if self.config.batch_size % self.ranks.size:
+            raise LapsValueError(
+                _check.message(
+                    "Trainer",
+                    "the ranks cannot share a batch",
+                    f"a multiple of {self.ranks.size} for batch_size",
+                    self.config.batch_size,
+                )
+            )
         self.device = choose_device("Trainer", self.config.device)
         augment = _augment(self.config.augment, model.tokenizer)
         # Before the first epoch, not in the midst of it. Reading all training images would take too long.
-        on_error, shown = self.config.on_error, self.config.progress
+        on_error, shown = self.config.on_error, self.config.progress and self.ranks.main
         all_data = train_data
         train_data = usable("Trainer", all_data, model.tokenizer, on_error=on_error, read_images=False)
         if dense_captions is not None:
@@ -192,7 +209,13 @@ class Trainer:
             on_error=self.config.on_error,
             dense_captions=dense_captions,
         )
-        self.sampler = EpochSampler(len(self.dataset), self.config.seed)
+        self.sampler = EpochSampler(
+            len(self.dataset),
+            self.config.seed,
+            batch_size=self.config.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.size,
+        )
         self.steps_per_epoch = len(self.dataset) // self.config.batch_size
         self.progress = Progress()
         self._stop_signal: int | None = None
@@ -228,18 +251,24 @@ class Trainer:
             self.model.parameter_groups(config.learning_rate, config.backbone_lr_ratio),
             weight_decay=config.weight_decay,
         )
-        with locked_folder("Trainer", self.folder):
+        with contextlib.ExitStack() as stack:
+            self.ranks.on_main(lambda: stack.enter_context(locked_folder("Trainer", self.folder)))
             self._open_folder(optimizer, resume)
             return self._run(optimizer)
 
     def _run(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """The epochs that are left."""
         config, loader = self.config, self._loader()
-        loggers = open_loggers(config.loggers, self.folder, asdict(config), self.progress.step)
+        names = config.loggers if self.ranks.main else ()
+        loggers = open_loggers(names, self.folder, asdict(config), self.progress.step)
+        # Here, because it takes the weights as they are, and what is frozen as it is.
+        step = TrainingStep(
+            self.model, mini_batch_size=config.mini_batch_size, ranks=self.ranks, amp=config.amp
+        )
         try:
             with self._signals():
                 while self.progress.epoch < config.epochs:
-                    self._run_epoch(loader, optimizer, loggers)
+                    self._run_epoch(loader, step, optimizer, loggers)
         except StopNow:
             self._stop_if_asked()
             raise
@@ -250,7 +279,11 @@ class Trainer:
         return self.progress.history
 
     def _run_epoch(
-        self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer, loggers: list[Logger]
+        self,
+        loader: DataLoader[Any],
+        step: TrainingStep,
+        optimizer: torch.optim.Optimizer,
+        loggers: list[Logger],
     ) -> None:
         config, progress = self.config, self.progress
         started = time.perf_counter()
@@ -262,16 +295,16 @@ class Trainer:
         with self._bar() as bar:
             for batch in self._batches(loader, optimizer):
                 self._saved = False
-                loss, values = self._forward(batch)
                 # The last group of an epoch may be a smaller one.
                 first = progress.batch - progress.batch % config.accumulation
-                torch.autograd.backward(loss / min(config.accumulation, self.steps_per_epoch - first))
-                ends_group = (progress.batch + 1) % config.accumulation == 0
-                if ends_group or progress.batch + 1 == self.steps_per_epoch:
+                size = min(config.accumulation, self.steps_per_epoch - first)
+                ends_group = progress.batch + 1 == first + size
+                loss, values = self._forward(step, batch, scale=1 / size, sync=ends_group)
+                if ends_group:
                     values["gradient_norm"] = self._clip_gradient(batch)
                 progress.batch += 1
-                progress.loss_sum += float(loss.detach())
-                if "gradient_norm" not in values:
+                progress.loss_sum += float(loss)
+                if not ends_group:
                     continue
                 self._set_learning_rates(optimizer)
                 optimizer.step()
@@ -281,6 +314,8 @@ class Trainer:
                 bar.set_postfix(loss=f"{progress.loss_sum / progress.batch:.3f}", refresh=False)
                 if progress.step % config.log_every == 0:
                     self._log(loggers, values, lr=optimizer.param_groups[0]["lr"])
+                # All ranks stop together: one that was told later has not heard of it yet.
+                self._stop_signal = self.ranks.largest(self._stop_signal or 0, self.device) or None
                 # At the end of an epoch too: a run may be killed in its evaluation, which can be long.
                 last = progress.batch == self.steps_per_epoch
                 if last or self._stop_signal is not None or progress.step % config.save_every == 0:
@@ -326,16 +361,18 @@ class Trainer:
         for group, ratio in zip(optimizer.param_groups, (1.0, config.backbone_lr_ratio), strict=False):
             group["lr"] = config.learning_rate * ratio * scale
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of a batch; stops the run, before any weight is touched, where it is not finite."""
+    def _forward(
+        self, step: TrainingStep, batch: Batch, *, scale: float, sync: bool
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """The loss of a batch, and its gradient; stops the run, before any weight is touched, where the loss
+        is not finite."""
         progress, config = self.progress, self.config
         warmup = None
         if progress.epoch < config.warmup_epochs:
             warmup = (progress.batch + 1) / self.steps_per_epoch
         moved = batch.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.amp):
-            loss, values = self.model(moved, warmup=warmup, dense_weight=config.dense_weight)
-        self._require_finite("loss", loss.detach(), batch)
+        loss, values = step(moved, warmup=warmup, dense_weight=config.dense_weight, scale=scale, sync=sync)
+        self._require_finite("loss", loss, batch)
         return loss, values
 
     def _clip_gradient(self, batch: Batch) -> Tensor:
@@ -352,15 +389,17 @@ class Trainer:
         """Stop the run, and say where, if `value` is not finite."""
         progress = self.progress
         if not math.isfinite(float(value)):
-            images = [str(self.train_data.image_paths[i]) for i in batch.image_ids.tolist()]
-            captions = batch.caption_ids.tolist()
+            shares = self.ranks.objects((batch.image_ids.tolist(), batch.caption_ids.tolist()))
+            images = [str(self.train_data.image_paths[i]) for share, _ in shares for i in share]
+            captions = [caption for _, share in shares for caption in share]
             report = {
                 "epoch": progress.epoch,
                 "batch": progress.batch,
                 "images": images,
                 "captions": captions,
             }
-            write_atomically(self.folder / "bad_batch.json", json.dumps(report, indent=1))
+            if self.ranks.main:
+                write_atomically(self.folder / "bad_batch.json", json.dumps(report, indent=1))
             where = f"epoch {progress.epoch}, batch {progress.batch}"
             raise TrainingStoppedError(
                 f"Trainer: the {what} is {float(value)} in {where} (expected a finite number); "
@@ -383,18 +422,36 @@ class Trainer:
                     device=self.device,
                     amp=self.config.amp,
                     progress=self.config.progress,
+                    ranks=self.ranks,
                 ).metrics
         rsum = metrics.get("rsum", math.inf)
         if rsum > progress.best_rsum or self.dev_data is None:
             progress.best_rsum, progress.best_epoch = rsum, progress.epoch
-            with atomic_folder(self.folder / "best") as folder:
-                self.model.save_pretrained(folder)
+            self.ranks.on_main(self._save_best)
         return metrics
+
+    def _save_best(self) -> None:
+        with atomic_folder(self.folder / "best") as folder:
+            self.model.save_pretrained(folder)
 
     # ---- files
 
     def _open_folder(self, optimizer: torch.optim.Optimizer, resume: bool) -> None:
         """Start a run in an empty folder, or restore the one that is there."""
+        self.progress = Progress()
+        # Seeds have 32 bits. Ranks draw other numbers for their dropout.
+        torch.manual_seed(self.config.seed + (self.ranks.rank << 32))
+        if self.ranks.on_main(lambda: self._prepare_folder(resume)):
+            last = self.folder / "last"
+            values = self.ranks.together(
+                lambda: load_checkpoint(last, self.model, optimizer, self.ranks.rank)
+            )
+            self.progress = Progress.read(values, last)
+            # A run may be killed between its checkpoint and its log.
+            self._write_log()
+
+    def _prepare_folder(self, resume: bool) -> bool:
+        """Whether there is a run to go on with; else the folder is made ready for one."""
         recover_folder(self.folder / "last")
         exists = (self.folder / "last").exists()
         if exists and not resume:
@@ -403,17 +460,12 @@ class Trainer:
                     "Trainer", f"{self.folder} holds a run already", "another folder, or resume=True"
                 )
             )
-        self.progress = Progress()
         if exists:
             self._check_same_run()
-            last = self.folder / "last"
-            self.progress = Progress.read(load_checkpoint(last, self.model, optimizer), last)
-            # A run may be killed between its checkpoint and its log.
-            self._write_log()
         else:
             self._refuse_foreign_folder()
-            torch.manual_seed(self.config.seed)
             write_atomically(self.folder / "config.json", json.dumps(self._description(), indent=1))
+        return exists
 
     def _refuse_foreign_folder(self) -> None:
         """A run that was killed before its first checkpoint may start again; nothing else is overwritten."""
@@ -468,11 +520,17 @@ class Trainer:
         """Write the checkpoint; returns the time from which the next one counts."""
         now = time.perf_counter()
         self.progress.seconds += now - started
-        save_checkpoint(self.folder / "last", self.model, optimizer, asdict(self.progress))
+        several = self.ranks.size > 1
+        generators = self.ranks.objects(generator_states(self.device)) if several else ()
+        last, progress = self.folder / "last", asdict(self.progress)
+        # All wait: one that went on to stop would have the others ended while the checkpoint is written.
+        self.ranks.on_main(lambda: save_checkpoint(last, self.model, optimizer, progress, generators))
         self._saved = True
         return now
 
     def _write_log(self) -> None:
+        if not self.ranks.main:
+            return
         lines = "".join(json.dumps(entry) + "\n" for entry in self.progress.history)
         write_atomically(self.folder / "log.jsonl", lines)
 
@@ -481,7 +539,7 @@ class Trainer:
     def _loader(self) -> DataLoader[Any]:
         return DataLoader(
             self.dataset,
-            batch_size=self.config.batch_size,
+            batch_size=self.config.batch_size // self.ranks.size,
             sampler=self.sampler,
             drop_last=True,
             collate_fn=self.dataset.collate,
@@ -499,7 +557,7 @@ class Trainer:
             initial=self.progress.batch,
             desc=f"epoch {self.progress.epoch + 1}/{self.config.epochs}",
             unit="batch",
-            disable=None if self.config.progress else True,
+            disable=None if self.config.progress and self.ranks.main else True,
         )
 
     def _log(self, loggers: list[Logger], values: dict[str, Any], **more: float) -> None:

@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
+from .containers import carried, restore
 from .dense import check_dense_captions
 from .records import RetrievalData
 from .regions import RegionTransform
 from .tokenizer import CaptionTokenizer
 from .transforms import ImageTransform
 
-__all__ = ["Batch", "CaptionDataset", "Example", "ImageDataset"]
+__all__ = ["Batch", "CaptionDataset", "Example", "ExampleMaker", "ImageDataset", "shared"]
 
 Transform: TypeAlias = ImageTransform | RegionTransform
 
@@ -62,6 +63,10 @@ class Batch:
             else tensor.to(device, non_blocking=non_blocking)
         )
 
+    def part(self, first: int, last: int) -> Batch:
+        """Rows `first` to `last`, exclusive, as padded as here."""
+        return self._map(lambda _, tensor: tensor[first:last])
+
     def pin_memory(self) -> Batch:
         """The batch in pinned memory; a DataLoader with ``pin_memory=True`` calls this."""
         return self._map(lambda _, tensor: tensor.pin_memory())
@@ -84,10 +89,76 @@ class Example:
     dense_ids: list[int] | None = None
 
 
-def _shared(tensor: Tensor) -> Tensor:
+def shared(tensor: Tensor) -> Tensor:
     """The tensor in memory that DataLoader workers and the main process share."""
     tensor.share_memory_()  # type: ignore[no-untyped-call]
     return tensor
+
+
+class ExampleMaker:
+    """Makes an example of an image and a caption, and batches of examples.
+
+    All randomness of an example depends on its key alone: not on the number of workers, the order, or the
+    generators of the process, which are left as they were.
+
+    Args:
+        operation: for messages.
+        tokenizer, transform, train, augment: as of :class:`CaptionDataset`.
+    """
+
+    def __init__(
+        self, operation: str, tokenizer: CaptionTokenizer, transform: Transform, train: bool, augment: float
+    ) -> None:
+        augment = _check.number(operation, "augment", augment, 0.0, 1.0)
+        self.operation, self.tokenizer = operation, tokenizer
+        self.augment = augment if _check.flag(operation, "train", train) else 0.0
+        if self.augment > 0 and tokenizer.mask_id is None:
+            raise LapsValueError(
+                _check.message(
+                    operation, "the tokenizer has no mask token", "augment=0", f"augment={augment:g}"
+                )
+            )
+        self._to_pixels = transform.train() if train else transform.eval()
+
+    def make(
+        self, key: str, image: Any, caption: str, image_id: int, caption_id: int, dense: str | None = None
+    ) -> Example:
+        """The example of an opened image. LapsValueError for a caption without tokens."""
+        digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
+        # One seed for the texts and one for the image.
+        words, pixels = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+        generator = random.Random(words)
+        token_ids = self.tokenizer.augment(caption, generator, self.augment)
+        dense_ids = None if dense is None else self.tokenizer.augment(dense, generator, self.augment)
+        # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(pixels)
+            return Example(self._to_pixels(image), token_ids, image_id, caption_id, dense_ids)
+
+    def collate(self, examples: Sequence[Example | None]) -> Batch:
+        """Examples as one padded batch, without skipped ones. LapsValueError if nothing is left."""
+        kept = [example for example in examples if example is not None]
+        if not kept:
+            raise LapsValueError(
+                _check.message(
+                    f"{self.operation}.collate",
+                    "no example of the batch is left",
+                    "at least one readable image with a caption",
+                    f"{len(examples)} skipped",
+                )
+            )
+        input_ids, lengths = self.tokenizer.pad([example.token_ids for example in kept])
+        dense = [example.dense_ids for example in kept if example.dense_ids is not None]
+        dense_ids, dense_lengths = self.tokenizer.pad(dense) if dense else (None, None)
+        return Batch(
+            pixel_values=torch.stack([example.pixel_values for example in kept]),
+            input_ids=input_ids,
+            lengths=lengths,
+            image_ids=torch.tensor([example.image_id for example in kept]),
+            caption_ids=torch.tensor([example.caption_id for example in kept]),
+            dense_ids=dense_ids,
+            dense_lengths=dense_lengths,
+        )
 
 
 class _Images:
@@ -106,7 +177,15 @@ class _Images:
         self.paths, self._open = paths, transform.open
         self.skip = _check.choice(operation, "on_error", on_error, ON_ERROR) == "skip"
         # Shared: all workers together warn once per path.
-        self.warned = _shared(torch.zeros(len(paths), dtype=torch.bool))
+        self.warned = shared(torch.zeros(len(paths), dtype=torch.bool))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a spawned worker: what it needs to find images inside of other files."""
+        return {**self.__dict__, "carried": carried(self.paths)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        restore(state.pop("carried"))
+        self.__dict__.update(state)
 
     def open(self, index: int) -> Any:
         """What the transform takes, or None."""
@@ -174,22 +253,15 @@ class CaptionDataset(Dataset[Example | None]):
         operation = "CaptionDataset"
         self.data, self.tokenizer = data, tokenizer
         self.seed = int(_check.count(operation, "seed", seed, -(2**63)))
-        augment = _check.number(operation, "augment", augment, 0.0, 1.0)
-        self.augment = augment if _check.flag(operation, "train", train) else 0.0
-        if self.augment > 0 and tokenizer.mask_id is None:
-            raise LapsValueError(
-                _check.message(
-                    operation, "the tokenizer has no mask token", "augment=0", f"augment={augment:g}"
-                )
-            )
         self._images = _Images(operation, data.image_paths, transform, on_error)
-        self._to_pixels = transform.train() if train else transform.eval()
+        self._maker = ExampleMaker(operation, tokenizer, transform, train, augment)
+        self.augment = self._maker.augment
         self.dense_captions = None
         if dense_captions is not None:
             self.dense_captions = check_dense_captions(operation, dense_captions, data, tokenizer)
-        self._blank = _shared(torch.zeros(data.num_captions, dtype=torch.bool))
+        self._blank = shared(torch.zeros(data.num_captions, dtype=torch.bool))
         # Shared: workers that outlive an epoch see the next one.
-        self._epoch = _shared(torch.zeros((), dtype=torch.int64))
+        self._epoch = shared(torch.zeros((), dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.data.num_captions
@@ -214,10 +286,10 @@ class CaptionDataset(Dataset[Example | None]):
         image = self._images.open(image_id)
         if image is None:
             return None
-        words, pixels = self._seeds(t)
-        generator, dense_ids = random.Random(words), None
+        dense = None if self.dense_captions is None else self.dense_captions[image_id]
+        key = f"{self.seed},{self.epoch},{t}"
         try:
-            token_ids = self.tokenizer.augment(self.data.captions[t], generator, self.augment)
+            return self._maker.make(key, image, self.data.captions[t], image_id, t, dense)
         except LapsValueError as error:
             message = f"CaptionDataset: caption {t} of {self.data.name}: {error}"
             if not self._images.skip:
@@ -226,42 +298,10 @@ class CaptionDataset(Dataset[Example | None]):
                 self._blank[t] = True
                 warnings.warn(f"skipped: {message}", stacklevel=2)
             return None
-        if self.dense_captions is not None:
-            dense_ids = self.tokenizer.augment(self.dense_captions[image_id], generator, self.augment)
-        # torchvision draws from the global generator. Only the CPU's is touched: seeding all devices is slow.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(pixels)
-            return Example(self._to_pixels(image), token_ids, image_id, t, dense_ids)
-
-    def _seeds(self, t: int) -> tuple[int, int]:
-        """One seed for the caption and one for the image."""
-        key = hashlib.blake2b(f"{self.seed},{self.epoch},{t}".encode(), digest_size=16).digest()
-        return int.from_bytes(key[:8], "little"), int.from_bytes(key[8:], "little")
 
     def collate(self, examples: Sequence[Example | None]) -> Batch:
         """Examples as one padded batch, without skipped ones. LapsValueError if nothing is left."""
-        kept = [example for example in examples if example is not None]
-        if not kept:
-            raise LapsValueError(
-                _check.message(
-                    "CaptionDataset.collate",
-                    "no example of the batch is left",
-                    "at least one readable image with a caption",
-                    f"{len(examples)} skipped",
-                )
-            )
-        input_ids, lengths = self.tokenizer.pad([example.token_ids for example in kept])
-        dense = [example.dense_ids for example in kept if example.dense_ids is not None]
-        dense_ids, dense_lengths = self.tokenizer.pad(dense) if dense else (None, None)
-        return Batch(
-            pixel_values=torch.stack([example.pixel_values for example in kept]),
-            input_ids=input_ids,
-            lengths=lengths,
-            image_ids=torch.tensor([example.image_id for example in kept]),
-            caption_ids=torch.tensor([example.caption_id for example in kept]),
-            dense_ids=dense_ids,
-            dense_lengths=dense_lengths,
-        )
+        return self._maker.collate(examples)
 
 
 class ImageDataset(Dataset[tuple[int, Tensor] | None]):

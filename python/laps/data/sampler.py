@@ -13,9 +13,15 @@ __all__ = ["EpochSampler"]
 class EpochSampler(Sampler[int]):
     """A permutation of 0..size-1 per epoch, which may start in its midst.
 
+    With several ranks each draws its share of every batch; what is left after the last whole batch is drawn
+    by none.
+
     Args:
         size: number of items.
         seed: of the order.
+        batch_size: of all ranks together, a multiple of `world_size`.
+        rank: in 0..world_size-1.
+        world_size: W.
 
     Example:
         >>> from laps.data.sampler import EpochSampler
@@ -27,18 +33,28 @@ class EpochSampler(Sampler[int]):
         True
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(
+        self, size: int, seed: int, *, batch_size: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.size, self.seed = size, seed
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.epoch, self.skip = 0, 0
 
     def start(self, epoch: int, skip: int) -> None:
-        """Choose the epoch of the next iteration, and how many of its items are done already."""
+        """Choose the epoch of the next iteration, and how many of all ranks' items are done already."""
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self) -> Iterator[int]:
         # Two numbers in one seed: epochs of one run, and runs of neighbouring seeds, do not meet.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        yield from torch.randperm(self.size, generator=generator)[self.skip :].tolist()
+        order = torch.randperm(self.size, generator=generator)[self.skip :]
+        if self.world_size > 1:
+            batches = order[: len(order) // self.batch_size * self.batch_size]
+            order = batches.view(-1, self.world_size, self.batch_size // self.world_size)[:, self.rank]
+        yield from order.flatten().tolist()
 
     def __len__(self) -> int:
-        return self.size - self.skip
+        left = self.size - self.skip
+        if self.world_size == 1:
+            return left
+        return left // self.batch_size * (self.batch_size // self.world_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,19 @@ class CaptionStore:
     def __len__(self) -> int:
         return len(self.embedding)
 
+    @classmethod
+    def cat(cls, parts: Sequence[CaptionStore]) -> Self:
+        """The captions of all parts, in order."""
+        words = [part.words for part in parts if part.words is not None]
+        tokens = torch.tensor([int(part.lengths.sum()) for part in parts])
+        before = tokens.cumsum(0) - tokens
+        return cls(
+            torch.cat([part.embedding for part in parts]),
+            torch.cat([part.lengths for part in parts]),
+            torch.cat(words) if words else None,
+            torch.cat([part.starts + first for part, first in zip(parts, before, strict=True)]),
+        )
+
     def embeddings_only(self) -> Self:
         """The same captions without their words."""
         return type(self)(self.embedding, self.lengths, None, self.starts)
@@ -97,6 +110,7 @@ def encode_images(
     model: RetrievalModel,
     data: RetrievalData,
     *,
+    part: slice = slice(None),
     batch_size: int,
     num_workers: int,
     amp: bool,
@@ -104,14 +118,15 @@ def encode_images(
     progress: bool,
     embeddings_only: bool = False,
 ) -> ImageFeatures:
-    """All images of `data`, on the CPU, in `dtype` (None: as the model gives them).
+    """The images of `data`, or a part of them, on the CPU, in `dtype` (None: as the model gives them).
 
     With `embeddings_only` all else of the features is dropped as it comes.
 
     Raises:
         LapsValueError: an image that cannot be read, or whose features are not finite; with its path.
     """
-    dataset = ImageDataset(data, model.transform)
+    paths, first = data.image_paths[part], part.start or 0
+    dataset = ImageDataset(paths, model.transform)
     loader = DataLoader(
         dataset,
         batch_size=batch_size,
@@ -124,7 +139,7 @@ def encode_images(
     )
     kept: dict[str, Tensor] = {}
     batches = start_workers(loader)
-    with _bar(data.num_images, "images", progress) as bar, contextlib.ExitStack() as stack:
+    with _bar(len(paths), "images", progress) as bar, contextlib.ExitStack() as stack:
         stack.callback(end_workers, batches)
         for indices, pixel_values in batches_of(batches):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=amp):
@@ -134,11 +149,11 @@ def encode_images(
             for name, tensor in _tensors(features.to(dtype=dtype)).items():
                 if name not in kept:
                     # All at once: to join the batches at the end would take the memory twice.
-                    kept[name] = torch.empty((data.num_images, *tensor.shape[1:]), dtype=tensor.dtype)
+                    kept[name] = torch.empty((len(paths), *tensor.shape[1:]), dtype=tensor.dtype)
                 broken = ~tensor.isfinite().flatten(1).all(dim=1).cpu()
                 if broken.any():
                     index = int(indices[broken][0])
-                    _refuse(f"image {index} ({data.image_paths[index]})", name, tensor.dtype)
+                    _refuse(f"image {first + index} ({paths[index]})", name, tensor.dtype)
                 kept[name][indices] = tensor.cpu()
             bar.update(len(indices))
     return ImageFeatures(**kept)
@@ -148,13 +163,14 @@ def encode_captions(
     model: RetrievalModel,
     data: RetrievalData,
     *,
+    part: slice = slice(None),
     batch_size: int,
     amp: bool,
     dtype: torch.dtype | None,
     progress: bool,
     embeddings_only: bool = False,
 ) -> CaptionStore:
-    """All captions of `data`, on the CPU, in `dtype` (None: as the model gives them).
+    """The captions of `data`, or a part of them, on the CPU, in `dtype` (None: as the model gives them).
 
     With `embeddings_only` their words are dropped as they come.
 
@@ -166,13 +182,14 @@ def encode_captions(
     """
     if model.tokenizer is None:
         raise LapsValueError(_check.message("evaluate", "the model has no tokenizer", "a CaptionTokenizer"))
-    tokens = model.tokenizer.encode(data.captions)
+    texts, first_caption = data.captions[part], part.start or 0
+    tokens = model.tokenizer.encode(texts)
     order = torch.argsort(tokens.lengths, descending=True, stable=True)
     starts = torch.empty_like(tokens.lengths)
     starts[order] = tokens.lengths[order].cumsum(0) - tokens.lengths[order]
     embedding: Tensor | None = None
     words: Tensor | None = None
-    with _bar(data.num_captions, "captions", progress) as bar:
+    with _bar(len(texts), "captions", progress) as bar:
         for batch in torch.split(order, batch_size):
             lengths = tokens.lengths[batch]
             input_ids = tokens.input_ids[batch, : int(lengths.max())].to(model.device)
@@ -184,9 +201,9 @@ def encode_captions(
                 )
             if embedding is None:
                 embedding = torch.empty(
-                    (data.num_captions, features.embedding.shape[1]), dtype=features.embedding.dtype
+                    (len(texts), features.embedding.shape[1]), dtype=features.embedding.dtype
                 )
-            _refuse_captions(data, batch, "embedding", features.embedding)
+            _refuse_captions(data, first_caption + batch, "embedding", features.embedding)
             embedding[batch] = features.embedding.cpu()
             if features.words is not None and not embeddings_only:
                 if words is None:
@@ -194,7 +211,7 @@ def encode_captions(
                     words = torch.empty(size, dtype=features.words.dtype)
                 real = torch.arange(features.words.shape[1]) < lengths[:, None]
                 packed = features.words[real.to(features.words.device)]
-                _refuse_captions(data, batch.repeat_interleave(lengths), "words", packed)
+                _refuse_captions(data, first_caption + batch.repeat_interleave(lengths), "words", packed)
                 # Consecutive in `order`, hence consecutive in `words`.
                 first = int(starts[batch[0]])
                 words[first : first + len(packed)] = packed.cpu()

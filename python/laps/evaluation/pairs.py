@@ -54,12 +54,14 @@ class PairScorer:
         device: where to score.
         pair_chunk: pairs per block at most.
         progress: whether to show bars.
+        first_image: of the data, where the images to score are a part of its images.
     """
 
     data: RetrievalData
     device: torch.device
     pair_chunk: int
     progress: bool
+    first_image: int = 0
 
     @property
     def block(self) -> tuple[int, int]:
@@ -118,7 +120,7 @@ class PairScorer:
         finite = np.isfinite(scores)
         if not finite.all():
             row, column = np.argwhere(~finite)[0].tolist()
-            image, caption = first_image + row, int(captions[column])
+            image, caption = self.first_image + first_image + row, int(captions[column])
             raise LapsValueError(
                 _check.message(
                     "evaluate",

@@ -10,16 +10,18 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from .. import _check
 from .._laps import __version__
 from .._modes import eval_mode
 from ..data import RetrievalData
+from ..distributed import Ranks
 from ..errors import LapsTypeError, LapsValueError
 from ..metrics import fold_metrics, fold_slices, retrieval_metrics
 from ..ranking import CaptionMap
-from .encode import RetrievalModel, encode_captions, encode_images
+from .encode import CaptionStore, RetrievalModel, encode_captions, encode_images
 from .pairs import PairScorer, dot_product
 from .report import Evaluation
 from .rerank import Reranked
@@ -47,6 +49,7 @@ def evaluate(
     rerank: int | None = None,
     scoring: str = "head",
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Evaluation:
     """Score all images of `data` against all its captions, and measure retrieval both ways.
 
@@ -74,14 +77,17 @@ def evaluate(
             `embedding` of the head's features (of LAPS the means of patches and of words), whatever the model
             was trained for. Memory and time are those of a global-embedding model.
         progress: show progress bars, on a terminal or in a notebook.
+        ranks: of :meth:`laps.distributed.Ranks.here`, all of which call this with the same arguments: each
+            encodes its share of the images and of the captions, and scores its images. None: this process
+            does all.
 
     Returns:
         The metrics, times and scores; ``print(result)`` is a table.
 
     Raises:
         LapsValueError: an image that cannot be read (its path is named), a caption without words, features or
-            a score that are not finite (image and caption are named), an argument out of range.
-            LapsTypeError: an argument of the wrong type.
+            a score that are not finite (image and caption are named), an argument out of range, fewer images
+            or captions than ranks, `rerank` with several ranks. LapsTypeError: an argument of the wrong type.
 
     Source: baselines.md, "Evaluation protocol" and "TGDT".
 
@@ -106,6 +112,10 @@ def evaluate(
         raise LapsTypeError(
             _check.message(operation, "data has the wrong type", "RetrievalData", _check.name_of(data))
         )
+    ranks = Ranks() if ranks is None else ranks
+    if ranks.size > 1:
+        _check_shares(operation, data, rerank, ranks)
+    progress = progress and ranks.main
     caption_map = CaptionMap(data.caption_to_image, data.num_images)
     if folds is not None:
         # Else it would fail after an hour of scoring.
@@ -121,7 +131,9 @@ def evaluate(
     with _at_rest(model, device), torch.inference_mode():
         if pair_chunk is None:
             pair_chunk = PAIRS_ON_CPU if model.device.type == "cpu" else PAIRS_ON_GPU
-        scorer = PairScorer(data, model.device, _check.count(operation, "pair_chunk", pair_chunk), progress)
+        share = ranks.part(data.num_images)
+        pair_chunk = _check.count(operation, "pair_chunk", pair_chunk)
+        scorer = PairScorer(data, model.device, pair_chunk, progress, share.start)
         settings = {
             "data": data.name,
             "images": data.num_images,
@@ -138,29 +150,38 @@ def evaluate(
             "version": __version__,
         }
         with _timed(seconds, "images"):
-            images = encode_images(
-                model,
-                data,
-                batch_size=batch_size,
-                num_workers=num_workers,
-                amp=amp,
-                dtype=feature_dtype,
-                embeddings_only=alone,
-                progress=progress,
+            images = ranks.together(
+                lambda: encode_images(
+                    model,
+                    data,
+                    part=share,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    amp=amp,
+                    dtype=feature_dtype,
+                    embeddings_only=alone,
+                    progress=progress,
+                )
             )
         with _timed(seconds, "captions"):
-            captions = encode_captions(
-                model,
-                data,
-                batch_size=batch_size,
-                amp=amp,
-                dtype=feature_dtype,
-                embeddings_only=alone,
-                progress=progress,
+            own_captions = ranks.together(
+                lambda: encode_captions(
+                    model,
+                    data,
+                    part=ranks.part(data.num_captions),
+                    batch_size=batch_size,
+                    amp=amp,
+                    dtype=feature_dtype,
+                    embeddings_only=alone,
+                    progress=progress,
+                )
             )
+            parts = ranks.objects(own_captions)
+            captions = parts[0] if len(parts) == 1 else CaptionStore.cat(parts)
         with _timed(seconds, "pairs"):
             score = dot_product if alone else model.similarity
-            scores = scorer.all_pairs(score, images, captions, "score pairs")
+            rows = ranks.together(lambda: scorer.all_pairs(score, images, captions, "score pairs"))
+            scores = rows if ranks.size == 1 else np.concatenate(ranks.objects(rows))
         with _timed(seconds, "metrics"):
             metrics = retrieval_metrics(scores, data.caption_to_image)
             fold_means = None if folds is None else fold_metrics(scores, data.caption_to_image, folds)
@@ -170,6 +191,19 @@ def evaluate(
                 model, images, captions, caption_map, rerank, scorer=scorer, exhaustive=metrics
             )
     return Evaluation(metrics, scores, settings, seconds, fold_means, reranked)
+
+
+def _check_shares(operation: str, data: RetrievalData, rerank: int | None, ranks: Ranks) -> None:
+    """Refuse what several ranks cannot do."""
+    if rerank is not None:
+        raise LapsValueError(
+            _check.message(operation, "rerank with several ranks", "one process, or no rerank", ranks.size)
+        )
+    for name, number in (("images", data.num_images), ("captions", data.num_captions)):
+        if number < ranks.size:
+            raise LapsValueError(
+                _check.message(operation, f"data has {number} {name}", f"one for each of {ranks.size} ranks")
+            )
 
 
 @contextlib.contextmanager
