@@ -7,7 +7,7 @@ classes.
 
 from __future__ import annotations
 
-__all__ = ["LapsError", "LapsTypeError", "LapsValueError"]
+__all__ = ["LapsError", "LapsImportError", "LapsTypeError", "LapsValueError"]
 
 
 class LapsError(Exception):
@@ -20,3 +20,7 @@ class LapsValueError(LapsError, ValueError):
 
 class LapsTypeError(LapsError, TypeError):
     """An argument has the wrong type or dtype."""
+
+
+class LapsImportError(LapsError, ImportError):
+    """A library that is needed here and not for the rest of laps is not installed; the message names it."""

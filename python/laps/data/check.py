@@ -14,7 +14,9 @@ from typing import Any
 
 from .. import _check
 from ..errors import LapsValueError
-from .formats import detect, listings
+from .containers import content_of
+from .detection import detect
+from .formats import listings
 from .images import open_with_mode
 from .listing import Listing, is_blank, missing_files
 from .reading import with_each_image
@@ -189,8 +191,8 @@ def check(
         max_length = _check.count(operation, "max_length", max_length, 3)
     limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
     folder = None if images is None else Path(images)
-    place = detect(operation, Path(path))
-    found = listings(operation, *place, regions=transform is not None, images=folder)
+    source = detect(operation, Path(path))
+    found = listings(operation, source, regions=transform is not None, images=folder)
     chosen = _chosen(operation, path, found, splits)
     paths = {
         name: listing.paths(operation, folder) if listing.files else [] for name, listing in chosen.items()
@@ -241,9 +243,11 @@ class _Content:
 def _read_image(path: Path) -> _Content:
     try:
         mode = open_with_mode(path)[1]
+        content = content_of(path)
     except LapsValueError as error:
         return _Content(str(path), error=str(error).removeprefix(f"open_image: {path} "))
-    return _Content(hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), mode)
+    content = path.read_bytes() if content is None else content
+    return _Content(hashlib.blake2b(content, digest_size=16).hexdigest(), mode)
 
 
 def _read_regions(transform: RegionTransform, path: Path) -> _Content:

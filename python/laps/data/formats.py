@@ -2,10 +2,16 @@
 
 - Karpathy's JSON: ``{"images": [{"filename", "split", "sentences": [{"raw"}, ...]}, ...]}``, where "restval"
   is training data too;
+- COCO's annotations, ``{"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}``, and the
+  lists of ALBEF and BLIP, ``[{"image", "caption"}, ...]``, a file for each split;
 - caption files, of SCAN, VSE-infinity, LAPS: ``{split}_caps.txt``, ``{split}_ids.txt``, ``id_mapping.json``;
-- pairs: csv, tsv or JSONL with columns ``image``, ``caption`` and perhaps ``split``.
+- CLIP_benchmark's text files of lines ``NAME.jpg,CAPTION``, a file for each split;
+- pairs: csv, tsv or JSONL with columns ``image``, ``caption`` and perhaps ``split``;
+- data sets of the library `datasets`: folders of ``save_to_disk``, and parquet files;
+- shards: tar files of webdataset, img2dataset and CLIP_benchmark.
 
-No reader assumes a number of captions per image. An image that is named again is the same image.
+No reader assumes a number of captions per image. An image that is named again is the same image; in data sets
+and shards every row or sample is an image of its own.
 """
 
 from __future__ import annotations
@@ -14,24 +20,27 @@ from pathlib import Path
 
 from .. import _check
 from ..errors import LapsValueError
+from .detection import CONTAINERS, Source, detect
+from .hub import parse_rows
+from .json_files import parse_json
 from .listing import Listing
 from .parsers import (
     CAPTIONS_END,
-    PAIR_SUFFIXES,
-    SPLIT_NAMES,
-    pair_files,
+    json_of,
     parse_caption_files,
     parse_karpathy,
+    parse_name_lists,
     parse_pairs,
+    text_of,
 )
 from .records import RetrievalData
 from .regions import ARCHIVE_END, REGIONS_END, is_regions
+from .shards import parse_shards
+from .splits import DEV_NAMES
 
 __all__ = ["load", "read_caption_files", "read_karpathy", "read_pairs"]
 
 KEEP = ("raise", "keep")
-# One set, several names.
-DEV_NAMES = {"val", "dev", "valid", "validation"}
 
 
 # ---- public readers
@@ -49,12 +58,13 @@ def load(
     """Read one split of a data set, whatever its format.
 
     Args:
-        path: a Karpathy JSON file, a csv, tsv or JSONL file, one of the ``{split}_caps.txt`` files, or a
-            folder of these: of pairs one file, or one per split (``train.csv``, ``test.csv``).
-        split: for example "train", "dev" or "test"; "dev" and "val" are the same. A file of pairs without a
-            split column has one split, named as the file if that is a split's name, else "all".
+        path: a file, or a folder that holds one data set: see docs/data.md for each format. Shards may be
+            given with braces too: ``shards/{00000..00009}.tar``.
+        split: for example "train", "dev" or "test"; "dev" and "val" are the same. Where neither the content
+            nor the names of files tell, the one split is called "all". Pairs without a split column have the
+            split that the file is called, if that is a split's name.
         images: the folder of the image files, or of ``{split}_ims.npy``; None looks beside the file: in
-            ``images/``, in the data set's name, and in the folder itself.
+            ``images/``, in the data set's name, and in the folder itself. Data sets and shards hold theirs.
         regions: take the features of a detector for images, see :class:`laps.data.RegionTransform`: beside
             caption files ``{split}_ims.npy``, else for each image an ``.npz`` file of its name in `images`.
         on_missing: "raise" refuses data whose image files are not all there, "keep" leaves that to the reader
@@ -65,8 +75,9 @@ def load(
     Raises:
         LapsValueError: a missing file or folder (the message lists where it looked), an unknown split (lists
             those present), malformed content or an empty caption (names file and line), ids that do not fit
-            their captions, a caption whose image is absent, one image in two splits of a file, a folder of no
-            known or of more than one format, regions where images are expected or the reverse.
+            their captions, a caption whose image is absent, one image in two splits of a file, a damaged
+            shard, a folder of no known or of more than one format (lists what it holds), regions where images
+            are expected or the reverse. LapsImportError: the library `datasets` is needed and not installed.
 
     Example:
         >>> import tempfile, pathlib, laps.data
@@ -76,8 +87,8 @@ def load(
         >>> laps.data.load(folder / "test.csv", "test").captions
         ['a cat', 'a black cat']
     """
-    kind, place = detect("load", Path(path))
-    return _read("load", kind, place, split, images, on_missing, on_empty, regions)
+    source = detect("load", Path(path))
+    return _read("load", source, split, images, on_missing, on_empty, regions)
 
 
 def read_karpathy(
@@ -89,7 +100,8 @@ def read_karpathy(
     on_empty: str = "raise",
 ) -> RetrievalData:
     """Read one split of a Karpathy JSON file; see :func:`load`. "train" includes "restval"."""
-    return _read("read_karpathy", "karpathy", Path(json_file), split, images, on_missing, on_empty)
+    source = Source("karpathy", Path(json_file), (Path(json_file),))
+    return _read("read_karpathy", source, split, images, on_missing, on_empty)
 
 
 def read_caption_files(
@@ -109,8 +121,8 @@ def read_caption_files(
     if that is there, each with equally many captions, in order, and neither ids nor mapping are needed; of a
     row for each caption, equal rows that follow each other are one image.
     """
-    operation, folder = "read_caption_files", Path(folder)
-    return _read(operation, "caption_files", folder, split, images, on_missing, on_empty, regions)
+    source = Source("caption_files", Path(folder), (Path(folder),))
+    return _read("read_caption_files", source, split, images, on_missing, on_empty, regions)
 
 
 def read_pairs(
@@ -122,13 +134,13 @@ def read_pairs(
     on_empty: str = "raise",
 ) -> RetrievalData:
     """Read a csv, tsv or JSONL file with ``image``, ``caption`` and perhaps ``split``; see :func:`load`."""
-    return _read("read_pairs", "pairs", Path(file), split, images, on_missing, on_empty)
+    source = Source("pairs", Path(file), (Path(file),))
+    return _read("read_pairs", source, split, images, on_missing, on_empty)
 
 
 def _read(
     operation: str,
-    kind: str,
-    path: Path,
+    source: Source,
     split: str,
     images: str | Path | None,
     on_missing: str,
@@ -139,73 +151,44 @@ def _read(
     _check.choice(operation, "on_empty", on_empty, KEEP)
     _check.flag(operation, "regions", regions)
     folder = None if images is None else Path(images)
-    found = listings(operation, kind, path, split, regions=regions, images=folder)
+    found = listings(operation, source, split, regions=regions, images=folder)
     if not any(listing.files for listing in found.values()):
-        raise LapsValueError(_check.message(operation, f"{path} lists no image", "at least one"))
-    if kind != "caption_files":
+        raise LapsValueError(_check.message(operation, f"{source.path} lists no image", "at least one"))
+    # Caption files are one for each split, and containers have images of their own.
+    if source.kind != "caption_files" and source.kind not in CONTAINERS:
         _refuse_mixed(operation, found)
-    listing = found[_split_name(operation, path, split, list(found))]
+    listing = found[_split_name(operation, source.path, split, list(found))]
     return listing.resolve(operation, folder, on_missing, on_empty)
 
 
-# ---- which format, which split
-
-
-def detect(operation: str, path: Path) -> tuple[str, Path]:
-    """The format of `path`, and the file or folder to read; LapsValueError if it is none or several."""
-    if path.is_file():
-        if path.suffix == ".json":
-            return "karpathy", path
-        if path.suffix in PAIR_SUFFIXES:
-            return "pairs", path
-        if path.name.endswith(CAPTIONS_END):
-            return "caption_files", path.parent
-        raise LapsValueError(
-            _check.message(
-                operation, f"{path} has no known format", f".json, .csv, .tsv, .jsonl or {CAPTIONS_END}"
-            )
-        )
-    if not path.is_dir():
-        raise LapsValueError(_check.message(operation, f"{path} is missing", "a file or a folder"))
-    found = [("karpathy", file) for file in sorted(path.glob("dataset*.json"))]
-    found += [("caption_files", file) for file in sorted(path.glob(f"*{CAPTIONS_END}"))[:1]]
-    # Tables that lie beside these are something else: results, for example.
-    pairs = [] if found else pair_files(path)
-    if len(pairs) > 1 and all(file.stem in SPLIT_NAMES for file in pairs):
-        return "pairs", path
-    found += [("pairs", file) for file in pairs]
-    if len(found) != 1:
-        raise LapsValueError(
-            _check.message(
-                operation,
-                f"{path} does not tell which data to read",
-                "dataset*.json, *_caps.txt, a csv, tsv or JSONL file, or one of these for each split",
-                ", ".join(file.name for _, file in found) or "none of them",
-            )
-        )
-    kind, file = found[0]
-    return kind, path if kind == "caption_files" else file
+# ---- the splits of a source
 
 
 def listings(
     operation: str,
-    kind: str,
-    path: Path,
+    source: Source,
     split: str | None = None,
     *,
     regions: bool = False,
     images: Path | None = None,
 ) -> dict[str, Listing]:
-    """The splits of `path` by name; of caption files, which are one per split, `split` alone if given.
+    """The splits of a source by name; of files that are one per split by format, `split` alone if given.
 
     `images` is the folder of files of rows, which have to be read for it; None: that of the captions.
 
-    Raises LapsValueError where it lists regions and images are expected.
+    Raises LapsValueError where it lists regions and images are expected, or the reverse.
     """
-    if kind == "karpathy":
-        found = parse_karpathy(operation, path)
-    elif kind == "pairs":
+    path = source.path
+    if source.kind == "karpathy":
+        found = parse_karpathy(operation, path, json_of(operation, text_of(operation, path), path))
+    elif source.kind == "json":
+        found = parse_json(operation, source.files)
+    elif source.kind == "name_lists":
+        found = parse_name_lists(operation, source.files)
+    elif source.kind == "pairs":
         found = parse_pairs(operation, path)
+    elif source.kind in CONTAINERS:
+        return _of_containers(operation, source, split, regions, images)
     else:
         if not path.is_dir():
             raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
@@ -218,6 +201,28 @@ def listings(
     else:
         _refuse_regions(operation, found)
     return found
+
+
+def _of_containers(
+    operation: str, source: Source, split: str | None, regions: bool, images: Path | None
+) -> dict[str, Listing]:
+    """Files that hold their images, so that nothing else is looked for."""
+    groups = source.groups or {}
+    if regions:
+        expected = "regions of a detector: captions beside .npz files or *_ims.npy"
+        raise LapsValueError(_check.message(operation, f"{source.path} has images", expected))
+    if images is not None:
+        expected = "no images=... (--images)"
+        raise LapsValueError(
+            _check.message(operation, f"{source.path} holds its images itself", expected, images)
+        )
+    chosen = None
+    if split is not None and (source.kind == "shards" or len(groups) > 1):
+        chosen = _split_name(operation, source.path, split, list(groups))
+    if source.kind == "shards":
+        wanted = groups if chosen is None else [chosen]
+        return {name: parse_shards(operation, groups[name], name) for name in wanted}
+    return parse_rows(operation, source.kind, source.path, groups, chosen)
 
 
 def _of_caption_files(

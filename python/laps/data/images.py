@@ -1,17 +1,20 @@
-"""One image file to RGB pixels, whatever was stored, or an error that has the file's path."""
+"""One image file to RGB pixels, whatever was stored and wherever, or an error that has the file's path."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from .. import _check
 from ..errors import LapsValueError
+from .containers import content_of
 from .regions import is_regions
 
-__all__ = ["as_rgb", "open_image"]
+__all__ = ["as_rgb", "decode_image", "open_image"]
 
 # Pillow's own threshold of a suspiciously large image: a quarter of a GiB as RGB.
 MAX_PIXELS = 1024 * 1024 * 1024 // 4 // 3
@@ -36,7 +39,8 @@ def open_image(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image
     16-bit grey is scaled to 8 bits. Of an animation, the first frame.
 
     Args:
-        path: the file.
+        path: the file, or a path into a file of many: ``shard.tar/000123.jpg``, ``train.parquet/17``, see
+            :func:`laps.data.load`.
         max_pixels: refuse larger images before they are decoded. Pillow's own ``PIL.Image.MAX_IMAGE_PIXELS``
             holds as well.
 
@@ -80,17 +84,34 @@ def _open(path: Path, max_pixels: int) -> tuple[Image.Image, str]:
     if is_regions(path):
         expected = "an image file, or a model of regions in place of one of pixels"
         raise LapsValueError(_check.message(operation, f"{path} has regions of a detector", expected))
+    content = content_of(path)
+    if content is not None:
+        return decode_image(content, path, max_pixels=max_pixels)
     if path.is_dir():
         raise LapsValueError(_check.message(operation, f"{path} is a folder", "an image file"))
     if not path.is_file():
         raise LapsValueError(_check.message(operation, f"{path} is missing", "an image file"))
+    return _decoded(path, path, max_pixels)
+
+
+def decode_image(content: bytes, name: object, *, max_pixels: int = MAX_PIXELS) -> tuple[Image.Image, str]:
+    """The image in the bytes of a file, as `open_image` gives it, and its Pillow mode; `name` is of messages.
+
+    Raises:
+        LapsValueError: as `open_image`.
+    """
+    return _decoded(io.BytesIO(content), name, max_pixels)
+
+
+def _decoded(source: Path | IO[bytes], name: object, max_pixels: int) -> tuple[Image.Image, str]:
+    operation = "open_image"
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             if image.width * image.height > max_pixels:
                 raise LapsValueError(
                     _check.message(
                         operation,
-                        f"{path} is too large",
+                        f"{name} is too large",
                         f"at most {max_pixels} pixels",
                         f"{image.width} x {image.height}",
                     )
@@ -105,7 +126,7 @@ def _open(path: Path, max_pixels: int) -> tuple[Image.Image, str]:
     except Exception as error:
         raise LapsValueError(
             _check.message(
-                operation, f"{path} cannot be read", "a whole image file", f"{_check.name_of(error)}: {error}"
+                operation, f"{name} cannot be read", "a whole image file", f"{_check.name_of(error)}: {error}"
             )
         ) from error
 

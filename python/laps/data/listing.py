@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import _check
 from ..errors import LapsValueError
+from .containers import Presence, container_of
 from .records import RetrievalData
 from .regions import REGIONS_END
 
@@ -36,7 +37,7 @@ class Listing:
         place: where captions stand, with ``{}`` for `lines`, for example ``"pairs.csv:{}"``.
         image_folders: where the image files may be, best guess first.
         files: image i, relative to one of these folders, each once: "./a.jpg" and "a.jpg" are one image.
-        captions, caption_to_image, lines: caption t, its image, and its line or entry.
+        captions, caption_to_image, lines: caption t, its image, and its line or entry (or all of its place).
         content: of the files, for messages: "image" or "region".
     """
 
@@ -46,7 +47,7 @@ class Listing:
     files: list[str] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     caption_to_image: list[int] = field(default_factory=list)
-    lines: list[int] = field(default_factory=list)
+    lines: list[int | str] = field(default_factory=list)
     content: str = "image"
     _index: dict[str, int] = field(default_factory=dict)
 
@@ -58,7 +59,12 @@ class Listing:
             self.files.append(file)
         return index
 
-    def add_caption(self, image: int, caption: str, line: int) -> None:
+    def add_member(self, path: Path) -> int:
+        """The number of an image inside of a file, which is another one than all before."""
+        self.files.append(str(path))
+        return len(self.files) - 1
+
+    def add_caption(self, image: int, caption: str, line: int | str) -> None:
         self.captions.append(caption.strip())
         self.caption_to_image.append(image)
         self.lines.append(line)
@@ -120,7 +126,10 @@ class Listing:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether this is a file, or a row of a file of regions."""
+    """Whether this is a file, a row of a file of regions, or an image inside of a container."""
+    container = container_of(path)
+    if container is not None:
+        return container in Presence()
     return path.is_file() or (path.parent.name.endswith(REGIONS_END) and path.parent.is_file())
 
 
@@ -129,10 +138,15 @@ def missing_files(paths: list[Path]) -> list[int]:
     rows = {path.parent for path in paths if path.parent.name.endswith(REGIONS_END)}
     whole = {parent: parent.is_file() for parent in rows}
     present: dict[str, set[str]] = {}
+    contained = Presence()
     missing = []
     for i, path in enumerate(paths):
         if path.parent in whole:
             missing += [] if whole[path.parent] else [i]
+            continue
+        container = container_of(path)
+        if container is not None:
+            missing += [] if container in contained else [i]
             continue
         folder, name = os.path.split(path)
         if folder not in present:

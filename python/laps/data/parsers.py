@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
+from .splits import SPLIT_NAMES, canonical_split, split_of_name
 
 CAPTIONS_END = "_caps.txt"
 PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
-# A file of pairs without a split column is that split if it is called so.
-SPLIT_NAMES = ("train", "val", "dev", "valid", "validation", "test")
+# A line of a file of image names and captions: of the name all up to its first such ending.
+NAME_AND_CAPTION = re.compile(r"(.+?\.(?:jpe?g|png|webp|bmp|gif|tiff?)),(.*)", re.IGNORECASE)
 
 
 def pair_files(folder: Path) -> list[Path]:
@@ -70,16 +71,15 @@ def field_of(operation: str, place: str, entry: object, key: str, kind: type = s
     return value
 
 
-def parse_karpathy(operation: str, file: Path) -> dict[str, Listing]:
-    content = json_of(operation, text_of(operation, file), file)
+def parse_karpathy(operation: str, file: Path, content: Any) -> dict[str, Listing]:
+    """Every split of what a JSON file says."""
     entries = field_of(operation, str(file), content, "images", list)
     names = [content["dataset"]] if isinstance(content.get("dataset"), str) else []
     folders = likely_folders(file.parent, *names)
     found: dict[str, Listing] = {}
     for number, entry in enumerate(entries):
         place = f"{file}: images[{number}]"
-        split = field_of(operation, place, entry, "split")
-        split = "train" if split == "restval" else split
+        split = canonical_split(field_of(operation, place, entry, "split"))
         listing = found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}: images[{{}}]", folders))
         folder, name = entry.get("filepath") or "", field_of(operation, place, entry, "filename")
         image = listing.add_image(f"{folder}/{name}" if folder else name)
@@ -217,6 +217,41 @@ def _id_mapping(operation: str, folder: Path) -> tuple[Path, dict[str, Any]]:
     raise LapsValueError(
         _check.message(operation, "id_mapping.json is missing", " or ".join(map(str, candidates)))
     )
+
+
+def is_name_list(file: Path) -> bool:
+    """Whether one of the first two lines, of which one is a header, has an image's name and a caption."""
+    try:
+        with file.open(encoding="utf-8-sig", errors="replace") as stream:
+            return any(NAME_AND_CAPTION.fullmatch(stream.readline(2**16).rstrip("\r\n")) for _ in range(2))
+    except OSError:
+        return False
+
+
+def parse_name_lists(operation: str, files: Sequence[Path]) -> dict[str, Listing]:
+    """Splits of lines NAME.jpg,CAPTION, a file each: quoted as csv has it, or with commas as they are.
+
+    The first line is a header, unless it is such a line itself.
+    """
+    found: dict[str, Listing] = {}
+    for file in files:
+        split = split_of_name(file.stem) or "all"
+        if split in found:
+            raise LapsValueError(
+                _check.message(operation, f"{file} continues {found[split].name}", "one file for each split")
+            )
+        # CLIP_benchmark has them in the folder of the images.
+        folders = [file.parent, *likely_folders(file.parent, "flickr30k", "flickr8k"), file.parent / "Images"]
+        listing = found[split] = Listing(f"{file.name}/{split}", f"{file}:{{}}", folders)
+        for line, text in enumerate(text_of(operation, file).split("\n"), 1):
+            entry = NAME_AND_CAPTION.fullmatch(text.rstrip("\r"))
+            if entry is not None:
+                listing.add_caption(listing.add_image(entry[1]), _unquoted(entry[2].strip()), line)
+            elif line > 1 and text.strip():
+                raise LapsValueError(
+                    _check.message(operation, f"{file}:{line} is malformed", "NAME.jpg,CAPTION", text[:80])
+                )
+    return found
 
 
 def parse_pairs(operation: str, path: Path) -> dict[str, Listing]:
