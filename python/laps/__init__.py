@@ -7,6 +7,7 @@
 - :class:`laps.LAPS`: the whole model, with :mod:`laps.encoders` and :mod:`laps.heads`;
 - :mod:`laps.data`, :mod:`laps.train`, :func:`laps.evaluate`, :mod:`laps.metrics`: from files to a trained,
   measured model;
+- :class:`laps.Index`: a folder of images, searched by sentences;
 - :func:`laps.explain`: why an image and a caption have their score.
 
 Example:
@@ -26,21 +27,26 @@ from ._laps import __version__
 from .errors import LapsError, LapsTypeError, LapsValueError
 
 if TYPE_CHECKING:
-    from . import config, data, grounding, metrics, plot, train
+    from . import config, data, distributed, grounding, metrics, plot, step, train
     from .config import LAPSConfig
+    from .conversion import convert
     from .evaluation import evaluate
     from .explanation import explain
+    from .index import Index
     from .model import LAPS
 
 __all__ = [
     "LAPS",
+    "Index",
     "LAPSConfig",
     "LapsError",
     "LapsTypeError",
     "LapsValueError",
     "__version__",
     "config",
+    "convert",
     "data",
+    "distributed",
     "encoders",
     "errors",
     "evaluate",
@@ -55,20 +61,25 @@ __all__ = [
     "objective",
     "ops",
     "plot",
+    "step",
     "train",
 ]
 
 # Whoever needs the head alone does not wait for image and hub libraries: these load at first use.
 _LAZY = {
+    "Index": "index",
     "LAPS": "model",
     "LAPSConfig": "config",
     "config": None,
+    "convert": "conversion",
     "data": None,
+    "distributed": None,
     "evaluate": "evaluation",
     "explain": "explanation",
     "grounding": None,
     "metrics": None,
     "plot": None,
+    "step": None,
     "train": None,
 }
 

@@ -18,6 +18,7 @@ from .errors import LapsError, LapsValueError
 
 if TYPE_CHECKING:
     from .data import RegionTransform, RetrievalData
+    from .distributed import Ranks
     from .model import LAPS
 
 __all__ = ["main"]
@@ -70,6 +71,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from ._launch import started_ranks
+
+    with started_ranks(getattr(options, "device", None)) as ranks:
+        return _train_on(ranks, options)
+
+
+def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     from ._device import choose_device
     from ._train_options import FROM_PRESET
     from .config import PRESETS
@@ -112,10 +120,12 @@ def _train(options: argparse.Namespace) -> int:
     dense = None if options.dense_captions is None else read_dense_captions(options.dense_captions, data)
     model = saved or _new_model(options, config.seed, labels)
     trainer = Trainer(model, data, dev, options.out, config, dense_captions=dense)
-    if options.resume and not begun:
+    if options.resume and not begun and ranks.main:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
-    skipped = len(trainer.dataset.skipped_images)
+    skipped = sum(ranks.objects(len(trainer.dataset.skipped_images)))
+    if not ranks.main:
+        return 0
     if skipped:
         print(f"laps: skipped {skipped} of {trainer.train_data.num_images} training images", file=sys.stderr)
     best = max(history, key=lambda entry: entry.get("rsum", entry["epoch"]))
@@ -242,7 +252,30 @@ def _explain(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from .conversion import convert
+
+    done = convert(
+        options.source,
+        options.out,
+        image_config=options.image_config,
+        text_config=options.text_config,
+        tokenizer=options.tokenizer,
+        selection_ratio=options.selection_ratio,
+        aggregation_ratio=options.aggregation_ratio,
+    )
+    print(done)
+    return 0
+
+
 def _eval(options: argparse.Namespace) -> int:
+    from ._launch import started_ranks
+
+    with started_ranks(options.device) as ranks:
+        return _eval_on(ranks, options)
+
+
+def _eval_on(ranks: Ranks, options: argparse.Namespace) -> int:
     import torch
 
     from ._device import choose_device
@@ -253,7 +286,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     # What can be wrong is looked at before the model is loaded and the data scored, which takes long.
     for path in (options.json, options.csv):
-        if path is not None:
+        if path is not None and ranks.main:
             require_writable(path)
     device = choose_device("laps eval", options.device)
     model = LAPS.from_pretrained(options.model).to(device)
@@ -271,12 +304,106 @@ def _eval(options: argparse.Namespace) -> int:
         rerank=options.rerank,
         scoring=options.scoring,
         progress=not options.quiet,
+        ranks=ranks,
     )
+    if not ranks.main:
+        return 0
     print(result.table())
     if options.json is not None:
         result.save_json(options.json)
     if options.csv is not None:
         result.save_csv(options.csv)
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from ._device import choose_device
+    from .index import Index
+    from .model import LAPS
+
+    device = choose_device("laps encode", options.device)
+    given = None if options.model is None else LAPS.from_pretrained(options.model).to(device)
+    if (options.out / "index.json").exists():
+        index = Index.open(options.out, model=given, device=str(device))
+        if options.storage not in (None, index.storage):
+            expected = f"{index.storage}, or a new index"
+            raise LapsValueError(
+                _check.message(
+                    "laps encode", f"{options.out} has another --storage", expected, options.storage
+                )
+            )
+    elif given is None:
+        raise LapsValueError(
+            _check.message("laps encode", f"{options.out} is no index yet", "--model, to make one")
+        )
+    else:
+        # Before the model is copied: an index without images helps nobody.
+        if not options.images.is_dir():
+            raise LapsValueError(_check.message("laps encode", f"{options.images} is missing", "a folder"))
+        index = Index.create(options.out, given, storage=options.storage or "float16")
+    done = index.add(
+        options.images,
+        prune=options.prune,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        on_error=options.on_error,
+        amp=options.amp,
+        progress=not options.quiet,
+    )
+    print(f"{done}: {len(index)} images, {index.nbytes / 1e6:.1f} MB in {options.out}")
+    return 0
+
+
+def _search(options: argparse.Namespace) -> int:
+    from ._files import require_writable, write_atomically
+    from .index import Index
+    from .index.page import page
+    from .index.terminal import picture_lines
+
+    queries: list[str | Path] = [*options.query, *(options.image or ())]
+    if not queries:
+        raise LapsValueError(_check.message("laps search", "nothing to search for", "a sentence, or --image"))
+    if options.html is not None:
+        require_writable(options.html)
+    index = Index.open(options.index, device=options.device)
+    results = index.search(queries, options.k, candidates=options.candidates)
+    if options.html is not None:
+        write_atomically(options.html, page(results))
+    if options.json:
+        print(json.dumps([hits.to_dict() for hits in results], indent=1))
+        return 0
+    # Its colours are noise anywhere else.
+    pictures = options.thumbnails and sys.stdout.isatty()
+    for hits in results:
+        print(repr(hits) if len(results) > 1 else hits)
+        for hit in hits if pictures else ():
+            print(f"{hit.rank}", *picture_lines(hit.path), sep="\n")
+    if options.html is not None:
+        print(f"Wrote {options.html}")
+    return 0
+
+
+def _index_check(options: argparse.Namespace) -> int:
+    from .index import Index
+
+    checked = Index.check(options.index, repair=options.repair, progress=not options.quiet)
+    print(checked)
+    return 0 if checked.ok else 1
+
+
+def _index_compact(options: argparse.Namespace) -> int:
+    from .index import Index
+
+    index = Index.open(options.index)
+    print(f"freed {index.compact(progress=not options.quiet) / 1e6:.1f} MB; {len(index)} images")
+    return 0
+
+
+def _index_delete(options: argparse.Namespace) -> int:
+    from .index import Index
+
+    index = Index.open(options.index)
+    print(f"deleted {index.delete(options.paths)}; {len(index)} images")
     return 0
 
 
@@ -394,6 +521,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser("compare", help="train and evaluate several heads alike; writes their table")
     )
 
+    _add_convert(commands.add_parser("convert", help="a checkpoint of the published code as a model of laps"))
+
     why = commands.add_parser("explain", help="why an image and a caption have their score")
     why.add_argument(
         "image", type=Path, help="an image file; for a model of regions a.npz, or test_ims.npy/3"
@@ -409,8 +538,15 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="look at data sets, or make one")
     data_commands = data.add_subparsers(metavar="COMMAND", required=True)
     check = data_commands.add_parser("check", help="missing images, empty captions, split leaks, counts")
-    check.add_argument("path", type=Path, help="a file or folder of captions")
-    check.add_argument("--images", type=Path, help="folder of the images or regions")
+    check.add_argument(
+        "path",
+        type=Path,
+        help="a data set: a file or folder of captions, of parquet files, of save_to_disk, or shards, with "
+        "braces too (shards/{00000..00009}.tar); docs/data.md has the formats",
+    )
+    check.add_argument(
+        "--images", type=Path, help="folder of the images or regions, where it is not beside the captions"
+    )
     check.add_argument(
         "--tokenizer",
         metavar="PATH_OR_ID",
@@ -440,6 +576,12 @@ def _parser() -> argparse.ArgumentParser:
     scenes.add_argument("--seed", type=int, default=0)
     scenes.set_defaults(command=_make_scenes)
 
+    _add_encode(
+        commands.add_parser("encode", help="make a folder of images an index, or bring it up to date")
+    )
+    _add_search(commands.add_parser("search", help="find images of an index by a sentence"))
+    _add_index(commands.add_parser("index", help="check, compact or delete from an index"))
+
     heads = commands.add_parser("heads", help="similarity heads")
     heads_commands = heads.add_subparsers(metavar="COMMAND", required=True)
     heads_commands.add_parser("list", help="their names").set_defaults(command=_heads_list)
@@ -455,7 +597,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     from .losses import CUTOFF
     from .objective import MARGIN, NAMES
 
-    parser.add_argument("data", type=Path, help="a file or folder of captions with its splits")
+    parser.add_argument("data", type=Path, help="a data set with its splits: see laps data check --help")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument(
         "--images", type=Path, help="folder of the images or regions, where it is not beside the captions"
@@ -530,7 +672,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
         "config", nargs="?", help="a YAML file, or the name of a comparison of laps; without it: their names"
     )
     parser.add_argument("--out", type=Path, help="folder of the runs (default: out/compare/CONFIG)")
-    parser.add_argument("--data", type=Path, help="a file or folder of captions, in place of the config's")
+    parser.add_argument("--data", type=Path, help="a data set, in place of the config's")
     parser.add_argument(
         "--images", type=Path, help="folder of the images or regions, in place of the config's"
     )
@@ -547,9 +689,45 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_compare)
 
 
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source", type=Path, help="model_best.pth, its folder, or the same weights as .safetensors"
+    )
+    parser.add_argument("out", type=Path, help="the model's folder, new or empty")
+    for side, base in (("image", "ViT-base or a Swin"), ("text", "BERT-base")):
+        parser.add_argument(
+            f"--{side}-config",
+            type=Path,
+            metavar="JSON",
+            help=f"config.json of a {side} encoder that is no {base}",
+        )
+    words = parser.add_mutually_exclusive_group()
+    words.add_argument(
+        "--tokenizer",
+        default="bert-base-uncased",
+        metavar="PATH_OR_ID",
+        help="a tokenizer.json, BERT's vocab.txt, a folder or a hub id (default: bert-base-uncased)",
+    )
+    words.add_argument(
+        "--no-tokenizer",
+        dest="tokenizer",
+        action="store_const",
+        const=None,
+        help="the model takes token ids alone",
+    )
+    for name, default in (("selection", "ViT 0.5, Swin 0.8"), ("aggregation", "ViT 0.4, Swin 0.6")):
+        parser.add_argument(
+            f"--{name}-ratio",
+            type=float,
+            metavar="X",
+            help=f"of a file that has no options (default: as published, {default})",
+        )
+    parser.set_defaults(command=_convert)
+
+
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a saved model: a folder or hub id")
-    parser.add_argument("data", type=Path, help="a file or folder of captions")
+    parser.add_argument("data", type=Path, help="a data set: see laps data check --help")
     parser.add_argument("--split", default="test", metavar="NAME", help="what to evaluate on (default: test)")
     parser.add_argument(
         "--images", type=Path, help="folder of the images or regions, where it is not beside the captions"
@@ -577,6 +755,77 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.set_defaults(command=_eval)
+
+
+def _add_encode(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", type=Path, metavar="DIR", help="folder of images, with all below it")
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="INDEX", help="the index's folder")
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="folder or hub id; needed for a new index, which keeps a copy"
+    )
+    parser.add_argument(
+        "--storage",
+        choices=("float16", "int8", "float32"),
+        help="what features are kept in, of a new index (default: float16)",
+    )
+    parser.add_argument("--prune", action="store_true", help="also delete images of DIR that are gone")
+    parser.add_argument(
+        "--on-error",
+        choices=("skip", "raise"),
+        default="skip",
+        help="what to do with images that cannot be read (default: skip)",
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N", help="images at once (default: 32)"
+    )
+    parser.add_argument(
+        "--num-workers", type=int, default=4, metavar="N", help="processes that load images (default: 4)"
+    )
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast in the encoder")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.set_defaults(command=_encode)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("index", type=Path, metavar="INDEX", help="a folder that laps encode has made")
+    parser.add_argument("query", nargs="*", help="a sentence, in quotes; or several")
+    parser.add_argument(
+        "--image", type=Path, action="append", metavar="FILE", help="find what is like this image; repeatable"
+    )
+    parser.add_argument("-k", type=int, default=10, metavar="N", help="hits of a query (default: 10)")
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=500,
+        metavar="N",
+        help="images that the model's head scores (default: 500)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the images")
+    parser.add_argument("--thumbnails", action="store_true", help="draw the images, on a terminal")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
+    parser.set_defaults(command=_search)
+
+
+def _add_index(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    check = commands.add_parser("check", help="read all of it; status 1 if anything is damaged")
+    check.add_argument(
+        "--repair", action="store_true", help="leave damaged images out; laps encode adds them again"
+    )
+    compact = commands.add_parser("compact", help="free what deleted images take, join small shards")
+    delete = commands.add_parser("delete", help="take images out")
+    for command, function in (
+        (check, _index_check),
+        (compact, _index_compact),
+        (delete, _index_delete),
+    ):
+        command.add_argument("index", type=Path, metavar="INDEX", help="a folder that laps encode has made")
+        command.set_defaults(command=function)
+    for command in (check, compact):
+        command.add_argument("--quiet", action="store_true", help="no progress bars")
+    delete.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="image files or folders of them")
 
 
 def _name_and_value(pair: str) -> tuple[str, Any]:

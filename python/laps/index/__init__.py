@@ -1,0 +1,13 @@
+"""Search: a folder of images becomes an index, sentences find images in it.
+
+:class:`Index` is the whole of it. Global vectors nominate, the model's head decides; see ``docs/search.md``.
+"""
+
+from .checking import Checked
+from .encode import IndexingStoppedError
+from .hits import Hit, Hits
+from .index import CANDIDATES, Index
+from .records import STORAGES
+from .writing import Added
+
+__all__ = ["CANDIDATES", "STORAGES", "Added", "Checked", "Hit", "Hits", "Index", "IndexingStoppedError"]

@@ -1,0 +1,226 @@
+"""What changes an index, one commit after the other; the caller holds the folder's lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from .. import _check
+from ..errors import LapsError
+from ..model import LAPS
+from . import manifest
+from .encode import EncodeOptions, encode
+from .listing import ListedImage, Listing
+from .manifest import MANIFEST, Manifest
+from .records import RecordLayout
+from .shards import ImageEntry, ShardContent, ShardEntry, write_shard
+from .snapshot import Snapshot
+
+__all__ = ["Added", "append", "compact", "delete", "is_below", "update"]
+
+# Where paths begin that are in no folder of the index.
+TOP = "/"
+
+
+@dataclass(frozen=True)
+class Added:
+    """What :meth:`laps.Index.add` did, in numbers of images; ``print`` says it in words.
+
+    Attributes:
+        added: new ones.
+        updated: encoded again, because the file had changed.
+        unchanged: in the index already.
+        deleted: taken out, because the file is gone.
+        skipped: what could not be read; a folder that could not be listed counts as one.
+    """
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    deleted: int = 0
+    skipped: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.added} added, {self.updated} updated, {self.unchanged} unchanged, "
+            f"{self.deleted} deleted, {self.skipped} skipped"
+        )
+
+
+def append(
+    folder: Path,
+    state: Manifest,
+    layout: RecordLayout,
+    content: ShardContent,
+    *,
+    roots: Sequence[str],
+    replaced: Iterable[tuple[str, int]] = (),
+) -> Manifest:
+    """Write a shard and commit it, and with it that it replaces some rows of others (file, row).
+
+    Raises:
+        LapsError: the index was removed or changed meanwhile. OSError: no space; nothing has changed.
+    """
+    if not (folder / MANIFEST).exists():
+        # To write would make the folder again, without a model.
+        raise LapsError(_check.message("Index.add", f"{folder} was removed", "the index, to the end"))
+    entry = write_shard(manifest.new_shard_path(folder, state.next_shard), content)
+    return manifest.commit(
+        folder,
+        state,
+        layout=layout,
+        roots=tuple(roots),
+        shards=(*_without(state.shards, replaced), entry),
+        next_shard=state.next_shard + 1,
+    )
+
+
+def delete(folder: Path, snapshot: Snapshot, positions: Iterable[int]) -> Manifest:
+    """Commit that some images no longer count; their features stay until `compact`."""
+    rows = [_row(snapshot, position) for position in positions]
+    return manifest.commit(folder, snapshot.manifest, shards=_without(snapshot.manifest.shards, rows))
+
+
+def _row(snapshot: Snapshot, position: int) -> tuple[str, int]:
+    return snapshot.shards[int(snapshot.number[position])].entry.file, int(snapshot.row[position])
+
+
+def _without(shards: Iterable[ShardEntry], rows: Iterable[tuple[str, int]]) -> tuple[ShardEntry, ...]:
+    """The shards without some rows, and without those shards that have none left."""
+    gone: dict[str, set[int]] = {}
+    for file, row in rows:
+        gone.setdefault(file, set()).add(row)
+    changed = [
+        replace(shard, deleted=tuple(sorted({*shard.deleted, *gone.get(shard.file, ())}))) for shard in shards
+    ]
+    return tuple(shard for shard in changed if len(shard.deleted) < shard.images)
+
+
+# ---- files
+
+
+def update(
+    folder: Path,
+    snapshot: Snapshot,
+    model: LAPS,
+    listing: Listing,
+    source: str | None,
+    *,
+    prune: bool,
+    options: EncodeOptions,
+) -> Added:
+    """Bring the index up to date with a listing; see :meth:`laps.Index.add`.
+
+    Args:
+        folder: of the index.
+        snapshot: its newest state.
+        model: of the index.
+        listing: the files as they are.
+        source: the absolute path of the folder that was listed; None for single files.
+        prune: whether to delete what is below `source` and not listed.
+        options: of the encoding.
+    """
+    state, known = snapshot.manifest, snapshot.positions
+    entries = list(snapshot.entries())
+    gone: list[int] = []
+    if prune and source is not None:
+        there = {image.path for image in listing.images}
+        gone = [
+            position
+            for path, position in known.items()
+            if path not in there
+            and is_below(path, source)
+            # What could not be looked at may still be there.
+            and not any(is_below(path, unseen) for unseen in listing.unseen)
+        ]
+    if gone:
+        state = delete(folder, snapshot, gone)
+    wanted = [
+        image
+        for image in listing.images
+        if image.path not in known or not _is_same(image, entries[known[image.path]])
+    ]
+    roots = list(state.roots)
+    named = [(image, _entry(image, roots, source)) for image in wanted]
+    added = updated = 0
+    for layout, content in encode(model, named, state.layout, options):
+        paths = [os.path.join(roots[image.root], image.path) for image in content.images]
+        again = [known[path] for path in paths if path in known]
+        replaced = [_row(snapshot, position) for position in again]
+        state = append(folder, state, layout, content, roots=roots, replaced=replaced)
+        updated += len(again)
+        added += len(paths) - len(again)
+    return Added(
+        added=added,
+        updated=updated,
+        unchanged=len(listing.images) - len(wanted),
+        deleted=len(gone),
+        skipped=len(wanted) - added - updated + len(listing.errors),
+    )
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a path is a folder's, or that of something in it; both are absolute."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+def _is_same(image: ListedImage, entry: ImageEntry) -> bool:
+    return (image.size, image.mtime_ns) == (entry.size, entry.mtime_ns)
+
+
+def _entry(image: ListedImage, roots: list[str], source: str | None) -> ImageEntry:
+    """What a shard says of a file; its root is added to `roots` where it is missing."""
+    root = next((n for n, each in enumerate(roots) if each != TOP and is_below(image.path, each)), None)
+    if root is None:
+        place = source if source is not None and is_below(image.path, source) else TOP
+        if place not in roots:
+            roots.append(place)
+        root = roots.index(place)
+    path = image.path.removeprefix(roots[root].rstrip("/") + "/")
+    return ImageEntry(root, path, image.size, image.mtime_ns)
+
+
+# ---- compaction
+
+
+def compact(folder: Path, snapshot: Snapshot, shard_bytes: int) -> Manifest:
+    """Write shards with deleted images anew without these, and join small shards; one commit.
+
+    Raises:
+        LapsError: damaged features (shard and image are named); nothing has changed.
+    """
+    state = snapshot.manifest
+    small = [shard for shard in state.shards if 2 * shard.nbytes < shard_bytes]
+    chosen = {shard.file for shard in state.shards if shard.deleted}
+    chosen |= {shard.file for shard in small} if len(small) > 1 else set()
+    if not chosen:
+        return state
+    written: list[ShardEntry] = []
+    for content in _live(snapshot, chosen, shard_bytes):
+        path = manifest.new_shard_path(folder, state.next_shard + len(written))
+        written.append(write_shard(path, content))
+    kept = [shard for shard in state.shards if shard.file not in chosen]
+    return manifest.commit(
+        folder, state, shards=(*kept, *written), next_shard=state.next_shard + len(written)
+    )
+
+
+def _live(snapshot: Snapshot, files: set[str], shard_bytes: int) -> Iterator[ShardContent]:
+    """The live images of some shards, in pieces of a shard's size."""
+    numbers = [i for i, shard in enumerate(snapshot.shards) if shard.entry.file in files]
+    positions = np.flatnonzero(np.isin(snapshot.number, numbers))
+    size = snapshot.shards[numbers[0]].record_bytes
+    step = max(1, shard_bytes // (size + snapshot.vectors.shape[1] * 4))
+    for first in range(0, len(positions), step):
+        part = positions[first : first + step]
+        records = np.empty((len(part), size), np.uint8)
+        snapshot.read_records(part, records)
+        yield ShardContent(
+            images=[snapshot.image(position) for position in part.tolist()],
+            embedding=snapshot.embedding(part).numpy(),
+            records=records,
+        )
