@@ -96,7 +96,8 @@ def measure_scenes(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
     chosen = rng.choice(test.num_captions, min(options.queries, test.num_captions), replace=False)
     queries = [test.captions[t] for t in chosen]
-    indexes, result = {}, {"images": test.num_images, "queries": len(queries), "storage": {}}
+    indexes: dict[str, Index] = {}
+    result: dict[str, Any] = {"images": test.num_images, "queries": len(queries), "storage": {}}
     for storage in STORAGES:
         index = Index.create(folder / storage, model, storage=storage)
         started = time.perf_counter()
