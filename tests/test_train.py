@@ -189,7 +189,7 @@ def test_a_tokenizer_without_mask_token_trains_with_the_defaults_and_unchanged_c
     trainer = Trainer(model, data[0], None, tmp_path, TrainConfig(**OPTIONS | {"epochs": 1}))
 
     assert clip.mask_id is None
-    example = trainer.dataset[5]
+    example = trainer.source.dataset[5]
     assert example is not None
     assert example.token_ids == clip.encode([data[0].captions[5]]).input_ids[0].tolist()
     assert len(trainer.fit()) == 1

@@ -17,9 +17,10 @@ from . import __version__, _check
 from .errors import LapsError, LapsValueError
 
 if TYPE_CHECKING:
-    from .data import RegionTransform, RetrievalData
+    from .data import CaptionStream, RegionTransform, RetrievalData
     from .distributed import Ranks
     from .model import LAPS
+    from .train_config import TrainConfig
 
 __all__ = ["main"]
 
@@ -115,19 +116,24 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     data, dev = _train_and_dev(options, config.on_error, regions is not None)
     # Where images may be skipped, the first may be one of them.
     if regions is not None and config.on_error == "raise":
-        for part in (data, *([] if dev is None else [dev])):
-            require_fit(regions, part.image_paths[0], labels)
-    dense = None if options.dense_captions is None else read_dense_captions(options.dense_captions, data)
+        for part in (data, dev):
+            if part is not None:
+                require_fit(regions, part.image_paths[0], labels)
+    dense = None
+    if options.dense_captions is not None and data is not None:
+        dense = read_dense_captions(options.dense_captions, data)
     model = saved or _new_model(options, config.seed, labels)
-    trainer = Trainer(model, data, dev, options.out, config, dense_captions=dense)
+    train_data = _stream(options, config, model) if data is None else data
+    trainer = Trainer(model, train_data, dev, options.out, config, dense_captions=dense)
     if options.resume and not begun and ranks.main:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
     history = trainer.fit(resume=options.resume)
-    skipped = sum(ranks.objects(len(trainer.dataset.skipped_images)))
+    skipped = sum(ranks.objects(trainer.source.skipped))
     if not ranks.main:
         return 0
     if skipped:
-        print(f"laps: skipped {skipped} of {trainer.train_data.num_images} training images", file=sys.stderr)
+        what = "faults" if data is None else f"of {data.num_images} training images"
+        print(f"laps: skipped {skipped} {what}", file=sys.stderr)
     best = max(history, key=lambda entry: entry.get("rsum", entry["epoch"]))
     dev_text = f", dev rSum {best['rsum']:.1f}" if "rsum" in best else ""
     print(f"best epoch {best['epoch'] + 1} of {len(history)}{dev_text}: {Path(options.out) / 'best'}")
@@ -157,18 +163,55 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names if getattr(options, name) is not None)
 
 
+def _stream(options: argparse.Namespace, config: TrainConfig, model: LAPS) -> CaptionStream:
+    """The shards of `laps train --epoch-length`."""
+    from ._train_source import augmentation
+    from .data import CaptionStream
+
+    assert model.tokenizer is not None  # the trainer would refuse it; `_train_on` makes it first
+    return CaptionStream(
+        options.data,
+        model.tokenizer,
+        model.transform,
+        epoch_length=options.epoch_length,
+        seed=config.seed,
+        shuffle_buffer=options.shuffle_buffer,
+        augment=augmentation(config, model.tokenizer),
+        on_error=config.on_error,
+    )
+
+
 def _train_and_dev(
     options: argparse.Namespace, on_error: str, regions: bool
-) -> tuple[RetrievalData, RetrievalData | None]:
-    """Both splits, with nothing left out yet; refused if they share images, as the dev recall would lie."""
+) -> tuple[RetrievalData | None, RetrievalData | None]:
+    """Both splits, with nothing left out yet; refused if they share images, as the dev recall would lie.
+
+    The first is None where it is a stream.
+    """
     from .data import load
 
     keep = "keep" if on_error == "skip" else "raise"
-    names = [options.train_split] + ([] if options.dev_split == "none" else [options.dev_split])
-    data, *others = [
-        load(options.data, name, images=options.images, regions=regions, on_missing=keep, on_empty=keep)
-        for name in names
+    streamed = options.epoch_length is not None
+    if streamed and options.dense_captions is not None:
+        raise LapsValueError(
+            _check.message("laps train", "--dense-captions with --epoch-length", "one of them")
+        )
+    if streamed and options.dev_data is None and options.dev_split != "none":
+        raise LapsValueError(
+            _check.message(
+                "laps train", "--epoch-length without --dev-data", "--dev-data, or --dev-split none"
+            )
+        )
+    dev_data = options.dev_data or options.data
+    wanted = [] if streamed else [(options.data, options.train_split)]
+    wanted += [] if options.dev_split == "none" else [(dev_data, options.dev_split)]
+    found = [
+        load(path, name, images=options.images, regions=regions, on_missing=keep, on_empty=keep)
+        for path, name in wanted
     ]
+    if streamed:
+        return None, found[0] if found else None
+    data, *others = found
     sets = [{os.path.abspath(path) for path in part.image_paths} for part in (data, *others)]
     shared = sorted(set.intersection(*sets)) if others else []
     if shared:
@@ -610,6 +653,22 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         default="dev",
         metavar="NAME",
         help='chooses the best epoch; "none" for the last one (default: dev)',
+    )
+    parser.add_argument(
+        "--dev-data", type=Path, metavar="DATA", help="where --dev-split is, if it is not in the same data"
+    )
+    parser.add_argument(
+        "--epoch-length",
+        type=int,
+        metavar="N",
+        help="the data is tar files, to be read from front to back; N captions are an epoch",
+    )
+    parser.add_argument(
+        "--shuffle-buffer",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="with --epoch-length: of how many captions one is drawn, in each worker (default: 1000)",
     )
     parser.add_argument(
         "--dense-captions",

@@ -24,12 +24,10 @@ from ._device import choose_device
 from ._files import atomic_folder, recover_folder, write_atomically
 from ._folder_lock import locked_folder
 from ._json_files import read_object
-from ._workers import end_workers, leave_signals, start_workers
+from ._train_source import PairSource, Source, StreamSource, describe_data
+from ._workers import end_workers
 from .checkpoint import generator_states, load_checkpoint, save_checkpoint
-from .data import Batch, CaptionDataset, CaptionTokenizer, RetrievalData
-from .data.dense import check_dense_captions
-from .data.loading import batches_of
-from .data.sampler import EpochSampler
+from .data import Batch, CaptionStream, CaptionTokenizer, RetrievalData
 from .data.usable import usable
 from .distributed import Ranks
 from .errors import LapsError, LapsValueError
@@ -52,9 +50,6 @@ FREE_ON_RESUME = {
     "device",
     "mini_batch_size",
 }
-
-# The share of a caption's words that augmentation changes.
-PUBLISHED_AUGMENT = 0.2
 
 
 class TrainingStoppedError(LapsError):
@@ -126,7 +121,9 @@ class Trainer:
 
     Args:
         model: with a tokenizer. It is trained in place.
-        train_data: what to learn from.
+        train_data: what to learn from: data that is read at random, or a :class:`laps.data.CaptionStream` of
+            this rank, made with the model's tokenizer and transform; its own `seed`, `augment` and `on_error`
+            count then. A stream is resumed by reading it again up to where it was.
         dev_data: what to choose the best epoch by; None: the last epoch counts as the best.
         folder: of the run.
         config: options; None for the published recipe.
@@ -146,7 +143,7 @@ class Trainer:
     def __init__(
         self,
         model: LAPS,
-        train_data: RetrievalData,
+        train_data: RetrievalData | CaptionStream,
         dev_data: RetrievalData | None,
         folder: str | Path,
         config: TrainConfig | None = None,
@@ -169,54 +166,25 @@ class Trainer:
                 )
             )
         self.device = choose_device("Trainer", self.config.device)
-        augment = _augment(self.config.augment, model.tokenizer)
-        # Before the first epoch, not in the midst of it. Reading all training images would take too long.
-        on_error, shown = self.config.on_error, self.config.progress and self.ranks.main
-        all_data = train_data
-        train_data = usable("Trainer", all_data, model.tokenizer, on_error=on_error, read_images=False)
-        if dense_captions is not None:
-            dense_captions = check_dense_captions("Trainer", dense_captions, all_data, model.tokenizer)
-            # What was left out was left out by its path.
-            left = set(train_data.image_paths)
-            paired = zip(all_data.image_paths, dense_captions, strict=True)
-            dense_captions = [text for path, text in paired if path in left]
-        if train_data.num_captions < self.config.batch_size:
-            raise LapsValueError(
-                _check.message(
-                    "Trainer",
-                    f"train_data has {train_data.num_captions} captions",
-                    f"at least batch_size={self.config.batch_size}",
-                )
+        self.source: Source
+        if isinstance(train_data, CaptionStream):
+            self.source = StreamSource(train_data, dense_captions, self.config, self.ranks)
+        else:
+            self.source = PairSource(
+                train_data, dense_captions, model, model.tokenizer, self.config, self.ranks
             )
         if dev_data is not None:
             dev_data = usable(
                 "Trainer",
                 dev_data,
                 model.tokenizer,
-                on_error=on_error,
+                on_error=self.config.on_error,
                 read_images=True,
                 open_file=model.transform.open,
-                progress=shown,
+                progress=self.config.progress and self.ranks.main,
             )
-        self.model, self.train_data, self.dev_data = model, train_data, dev_data
+        self.model, self.tokenizer, self.dev_data = model, model.tokenizer, dev_data
         self.folder = Path(folder)
-        self.dataset = CaptionDataset(
-            train_data,
-            model.tokenizer,
-            model.transform,
-            seed=self.config.seed,
-            augment=augment,
-            on_error=self.config.on_error,
-            dense_captions=dense_captions,
-        )
-        self.sampler = EpochSampler(
-            len(self.dataset),
-            self.config.seed,
-            batch_size=self.config.batch_size,
-            rank=self.ranks.rank,
-            world_size=self.ranks.size,
-        )
-        self.steps_per_epoch = len(self.dataset) // self.config.batch_size
         self.progress = Progress()
         self._stop_signal: int | None = None
         self._saved = True  # whether the last checkpoint, if any, has all that was learned
@@ -258,7 +226,7 @@ class Trainer:
 
     def _run(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         """The epochs that are left."""
-        config, loader = self.config, self._loader()
+        config, loader = self.config, self.source.loader(self.device)
         names = config.loggers if self.ranks.main else ()
         loggers = open_loggers(names, self.folder, asdict(config), self.progress.step)
         # Here, because it takes the weights as they are, and what is frozen as it is.
@@ -287,8 +255,6 @@ class Trainer:
     ) -> None:
         config, progress = self.config, self.progress
         started = time.perf_counter()
-        self.dataset.set_epoch(progress.epoch)
-        self.sampler.start(progress.epoch, progress.batch * config.batch_size)
         self.model.train()
         optimizer.zero_grad(set_to_none=True)
 
@@ -297,7 +263,7 @@ class Trainer:
                 self._saved = False
                 # The last group of an epoch may be a smaller one.
                 first = progress.batch - progress.batch % config.accumulation
-                size = min(config.accumulation, self.steps_per_epoch - first)
+                size = min(config.accumulation, self.source.steps_per_epoch - first)
                 ends_group = progress.batch + 1 == first + size
                 loss, values = self._forward(step, batch, scale=1 / size, sync=ends_group)
                 if ends_group:
@@ -317,13 +283,13 @@ class Trainer:
                 # All ranks stop together: one that was told later has not heard of it yet.
                 self._stop_signal = self.ranks.largest(self._stop_signal or 0, self.device) or None
                 # At the end of an epoch too: a run may be killed in its evaluation, which can be long.
-                last = progress.batch == self.steps_per_epoch
+                last = progress.batch == self.source.steps_per_epoch
                 if last or self._stop_signal is not None or progress.step % config.save_every == 0:
                     started = self._save(optimizer, started)
                     self._stop_if_asked()
 
         entry: dict[str, Any] = {"epoch": progress.epoch, "step": progress.step}
-        entry["loss"] = progress.loss_sum / self.steps_per_epoch
+        entry["loss"] = progress.loss_sum / self.source.steps_per_epoch
         metrics = self._evaluate()
         entry |= metrics
         self._log(loggers, {"epoch/loss": entry["loss"]} | {f"dev/{name}": metrics[name] for name in metrics})
@@ -337,7 +303,7 @@ class Trainer:
 
     def _batches(self, loader: DataLoader[Any], optimizer: torch.optim.Optimizer) -> Iterator[Batch]:
         """The batches of the epoch that are left."""
-        batches = iter(batches_of(start_workers(loader)))
+        batches = self.source.batches(loader, self.progress.epoch, self.progress.batch)
         while True:
             try:
                 batch = next(batches, None)
@@ -356,8 +322,8 @@ class Trainer:
         """For the step that follows; computed and not counted, so that a resumed run has the same."""
         config, progress = self.config, self.progress
         # The batches of this step are done, so the very first step learns already.
-        batches = progress.epoch * self.steps_per_epoch + progress.batch
-        scale = config.lr_scale(progress.epoch, batches / (config.epochs * self.steps_per_epoch))
+        batches = progress.epoch * self.source.steps_per_epoch + progress.batch
+        scale = config.lr_scale(progress.epoch, batches / (config.epochs * self.source.steps_per_epoch))
         for group, ratio in zip(optimizer.param_groups, (1.0, config.backbone_lr_ratio), strict=False):
             group["lr"] = config.learning_rate * ratio * scale
 
@@ -369,7 +335,7 @@ class Trainer:
         progress, config = self.progress, self.config
         warmup = None
         if progress.epoch < config.warmup_epochs:
-            warmup = (progress.batch + 1) / self.steps_per_epoch
+            warmup = (progress.batch + 1) / self.source.steps_per_epoch
         moved = batch.to(self.device, non_blocking=True)
         loss, values = step(moved, warmup=warmup, dense_weight=config.dense_weight, scale=scale, sync=sync)
         self._require_finite("loss", loss, batch)
@@ -389,8 +355,8 @@ class Trainer:
         """Stop the run, and say where, if `value` is not finite."""
         progress = self.progress
         if not math.isfinite(float(value)):
-            shares = self.ranks.objects((batch.image_ids.tolist(), batch.caption_ids.tolist()))
-            images = [str(self.train_data.image_paths[i]) for share, _ in shares for i in share]
+            shares = self.ranks.objects((self.source.images(batch), batch.caption_ids.tolist()))
+            images = [image for share, _ in shares for image in share]
             captions = [caption for _, share in shares for caption in share]
             report = {
                 "epoch": progress.epoch,
@@ -487,16 +453,14 @@ class Trainer:
         described: dict[str, Any] = {
             "train": {name: value for name, value in options.items() if name not in FREE_ON_RESUME},
             "model": self.model.config.to_dict(),
-            "tokenizer": _describe_tokenizer(self.dataset.tokenizer),
+            "tokenizer": _describe_tokenizer(self.tokenizer),
             "transform": self.model.transform.to_dict(),
-            "train_data": describe_data(self.train_data),
+            **self.source.describe(),
             "dev_data": None if self.dev_data is None else describe_data(self.dev_data),
         }
-        if self.dataset.dense_captions is None:
+        if not self.source.dense:
             # Without these it changes nothing.
             del described["train"]["dense_weight"]
-        else:
-            described["dense_captions"] = _digest(self.dataset.dense_captions)
         plain: dict[str, Any] = json.loads(json.dumps(described))
         return plain
 
@@ -536,24 +500,9 @@ class Trainer:
 
     # ---- around the loop
 
-    def _loader(self) -> DataLoader[Any]:
-        return DataLoader(
-            self.dataset,
-            batch_size=self.config.batch_size // self.ranks.size,
-            sampler=self.sampler,
-            drop_last=True,
-            collate_fn=self.dataset.collate,
-            num_workers=self.config.num_workers,
-            persistent_workers=self.config.num_workers > 0,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=leave_signals,
-            # Without its own, the loader would draw its workers' seeds from the generator of the dropout.
-            generator=torch.Generator().manual_seed(self.config.seed),
-        )
-
     def _bar(self) -> tqdm[Any]:
         return tqdm(
-            total=self.steps_per_epoch,
+            total=self.source.steps_per_epoch,
             initial=self.progress.batch,
             desc=f"epoch {self.progress.epoch + 1}/{self.config.epochs}",
             unit="batch",
@@ -600,28 +549,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _augment(chosen: float | None, tokenizer: CaptionTokenizer) -> float:
-    """The probability of caption augmentation: the published one, where there is a mask token for it."""
-    if chosen is not None:
-        return chosen
-    return 0.0 if tokenizer.mask_id is None else PUBLISHED_AUGMENT
-
-
-def describe_data(data: RetrievalData) -> dict[str, Any]:
-    """What tells data sets apart: names and captions, not the folder, which may have moved."""
-    content = hashlib.sha256()
-    for path in data.image_paths:
-        content.update(path.name.encode() + b"\n")
-    for caption, image in zip(data.captions, data.caption_to_image.tolist(), strict=True):
-        content.update(f"{image} {caption}\n".encode())
-    counts = {"images": data.num_images, "captions": data.num_captions}
-    return {"name": data.name, **counts, "content": content.hexdigest()[:16]}
-
-
-def _digest(texts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _describe_tokenizer(tokenizer: CaptionTokenizer) -> dict[str, Any]:

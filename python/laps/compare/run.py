@@ -18,6 +18,7 @@ from .. import _check
 from .._files import write_atomically
 from .._json_files import read_object
 from .._laps import __version__
+from .._train_source import describe_data
 from ..data import CaptionTokenizer, RegionTransform, RetrievalData, load, make_scenes
 from ..data.regions import require_fit
 from ..demo import recipe
@@ -26,7 +27,7 @@ from ..evaluation import evaluate
 from ..heads import build_head
 from ..model import LAPS
 from ..objective import Objective
-from ..train import FREE_ON_RESUME, Trainer, describe_data
+from ..train import FREE_ON_RESUME, Trainer
 from ..train_config import TrainConfig
 from .settings import OPERATION, SMALL, START, Comparison, Row, Start
 from .table import Table, published

@@ -124,6 +124,11 @@ class CaptionStream(IterableDataset[Example]):
         self._skipped = shared(torch.zeros(COUNTERS, dtype=torch.int64))
 
     @property
+    def augment(self) -> float:
+        """The probability that a word of a caption is changed."""
+        return self._maker.augment
+
+    @property
     def epoch(self) -> int:
         """The epoch that examples are drawn for."""
         return int(self._epoch)
