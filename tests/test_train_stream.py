@@ -109,7 +109,8 @@ def test_the_command_trains_on_shards(
     model.save_pretrained(tmp_path / "model")
     shards = str(folder / "shards" / "{00000..00002}.tar")
     common = ["train", shards, "--model", str(tmp_path / "model"), "--epochs", "1", "--batch-size", "8"]
-    common += ["--device", "cpu", "--num-workers", "1", "--epoch-length", "16", "--out", str(tmp_path / "run")]
+    common += ["--device", "cpu", "--num-workers", "1", "--epoch-length", "16"]
+    common += ["--out", str(tmp_path / "run")]
     assert main(common) == 2
     assert "--epoch-length without --dev-data" in capsys.readouterr().err
     assert main([*common, "--dev-data", str(folder / "scenes")]) == 0
