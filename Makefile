@@ -119,6 +119,7 @@ bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.encoders
 	@$(BIN)/python -m benchmarks.demo
 	@$(BIN)/python -m benchmarks.grounding
+	@$(BIN)/python -m benchmarks.search
 	@$(BIN)/python -m benchmarks.tables
 
 tables: venv

@@ -1,4 +1,4 @@
-"""The benchmark tables of README.md and docs/heads.md, generated from benchmarks/results/*.json.
+"""The benchmark tables of README.md and docs/, generated from benchmarks/results/*.json.
 
     python -m benchmarks.tables            # rewrite them
     python -m benchmarks.tables --check    # fail where the documents and the results differ (CI)
@@ -464,6 +464,53 @@ def heads_table(result: Result) -> str:
     )
 
 
+def search_table(result: Result) -> str:
+    """What a sentence costs, and what is lost, for several numbers of candidates."""
+    scenes, shape, settings = result["scenes"], result["shape"], result["settings"]
+    rows = [
+        [
+            f"{int(count):,}",
+            f"{entry['recall']:.3f}",
+            *(milliseconds(entry[name]) for name in ("p50_s", "p95_s")),
+        ]
+        for count, entry in scenes["candidates"].items()
+    ]
+    every = scenes["exhaustive"]["float16"]
+    rows.append(["all", "1", *(milliseconds(every[name]) for name in ("p50_s", "p95_s"))])
+    first = markdown(("candidates", "recall@10", "p50", "p95"), rows)
+    kept = [
+        [
+            f"`{storage}`",
+            f"{entry['bytes_per_image']:,.0f}",
+            f"{entry['largest_difference']:.1g}" if "largest_difference" in entry else "reference",
+            f"{entry['recall']:.3f}" if "recall" in entry else "reference",
+        ]
+        for storage, entry in scenes["storage"].items()
+    ]
+    second = markdown(
+        ("storage", "bytes an image", "largest difference of a score", "recall@10, all images scored"), kept
+    )
+    counts = list(shape["storage"]["float16"]["candidates"])
+    third = markdown(
+        ("candidates", *(f"`{storage}`, p50" for storage in shape["storage"])),
+        [
+            [
+                f"{int(count):,}",
+                *(milliseconds(entry["candidates"][count]["p50_s"]) for entry in shape["storage"].values()),
+            ]
+            for count in counts
+        ],
+    )
+    return (
+        f"{scenes['images']:,} drawn scenes, the LAPS model of `laps demo`, {scenes['queries']} captions as "
+        "queries; from the sentence to the hits. Recall is against all images scored in float32.\n\n"
+        f"{first}\n\n{second}\n\n"
+        f"At {shape['shape']} (N={settings['num_patches']}, C={settings['channels']}) and BERT-base, "
+        f"{shape['images']:,} images of random features, for which recall means nothing:\n\n"
+        f"{third}\n\n{machine_line(result)}"
+    )
+
+
 class Table(NamedTuple):
     """The result that a table comes from, what makes it, and where it stands."""
 
@@ -484,6 +531,7 @@ TABLES = {
     "misses": Table("grounding.json", misses_table),
     "encoders": Table("encoders.json", encoders_table),
     "heads": Table("heads.json", heads_table, "docs/heads.md"),
+    "search": Table("search.json", search_table, "docs/search.md"),
 }
 
 
