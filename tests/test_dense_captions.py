@@ -280,7 +280,7 @@ def test_images_that_are_left_out_take_their_texts_with_them(
     model = tiny_laps(tokenizer=tokenizer)
     with pytest.warns(UserWarning, match="skipped 1 of"):
         trainer = Trainer(model, gap, None, tmp_path / "run", config, dense_captions=texts)
-    assert trainer.dataset.dense_captions == texts[1:]
+    assert trainer.source.dataset.dense_captions == texts[1:]
     # As many texts as images are left are another image's each.
     with pytest.warns(UserWarning, match="skipped"), pytest.raises(LapsValueError, match="does not fit"):
         Trainer(model, gap, None, tmp_path / "other", config, dense_captions=texts[1:])

@@ -81,6 +81,7 @@ def _train(options: argparse.Namespace) -> int:
 def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     from ._device import choose_device
     from ._train_options import FROM_PRESET
+    from ._train_source import PairSource
     from .config import PRESETS
     from .data import read_dense_captions
     from .data.regions import read_labels, require_fit
@@ -132,7 +133,8 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     if not ranks.main:
         return 0
     if skipped:
-        what = "faults" if data is None else f"of {data.num_images} training images"
+        source = trainer.source
+        what = f"of {source.data.num_images} training images" if isinstance(source, PairSource) else "faults"
         print(f"laps: skipped {skipped} {what}", file=sys.stderr)
     best = max(history, key=lambda entry: entry.get("rsum", entry["epoch"]))
     dev_text = f", dev rSum {best['rsum']:.1f}" if "rsum" in best else ""
