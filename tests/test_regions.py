@@ -167,7 +167,8 @@ def test_images_that_are_damaged_can_be_skipped(archives: Path, tmp_path: Path) 
     trainer = Trainer(model("vse", torch.randn(3, 4)), train, None, tmp_path / "run", config)
     with pytest.warns(UserWarning, match=r"skipped: regions: .*train\d\.npz"):
         trainer.fit()
-    assert [path.name for path in trainer.source.dataset.skipped_images] == [f"train{i}.npz" for i in range(4)]
+    skipped = trainer.source.dataset.skipped_images
+    assert [path.name for path in skipped] == [f"train{i}.npz" for i in range(4)]
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_tokenizer_with_mask_token_augments_a_fifth_of_the_words_by_default(
     plain = Trainer(model, data[0], None, tmp_path, TrainConfig(**OPTIONS, augment=0.0))
 
     assert published.source.dataset.augment == 0.2
-    assert plain.dataset.augment == 0.0
+    assert plain.source.dataset.augment == 0.0
 
 
 # ---- the best model
