@@ -469,7 +469,7 @@ def hostile(marker: Path) -> dict[str, tuple[object, str]]:
         "system": (Call(os.system, f"touch {marker}"), "posix.system"),
         "eval": (Call(builtins.eval, code), "builtins.eval"),
         "exec": (Call(builtins.exec, code), "builtins.exec"),
-        "open": (Call(open, str(marker), "w"), "_io.open"),
+        "open": (Call(open, str(marker), "w"), f"{open.__module__}.open"),
         "getattr": (Call(getattr, Call(__import__, "os"), "system"), "builtins.getattr"),
         # The name of subprocess in protocol 2, which is that of Python 2.
         "Popen": (Call(subprocess.Popen, ["touch", str(marker)]), "commands.Popen"),
