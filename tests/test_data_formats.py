@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from _refused import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from laps import LapsError, LapsTypeError, LapsValueError
@@ -75,15 +76,6 @@ def flat(rows: list[tuple[str, str, list[str]]] = ROWS) -> list[dict[str, str]]:
 
 def names(data: RetrievalData) -> list[str]:
     return [path.name for path in data.image_paths]
-
-
-def refused(call: Callable[[], object], *parts: str) -> str:
-    with pytest.raises(LapsValueError) as caught:
-        call()
-    message = str(caught.value)
-    for part in parts:
-        assert part in message
-    return message
 
 
 # ---- what is read

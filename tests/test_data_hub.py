@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from _models import tiny_laps
-from laps import LapsTypeError, LapsValueError
+from _refused import refused
+from laps import LapsTypeError
 from laps.data import (
     CaptionTokenizer,
     ImageDataset,
@@ -72,14 +72,6 @@ def colours(data: RetrievalData) -> list[tuple[int, ...]]:
 
 def pixels(first: int = 0, last: int = 6) -> list[tuple[int, ...]]:
     return [Image.new("RGB", (1, 1), colour).getpixel((0, 0)) for colour in COLOURS[first:last]]
-
-
-def refused(call: Callable[[], object], *parts: str) -> str:
-    with pytest.raises(LapsValueError) as caught:
-        call()
-    for part in parts:
-        assert part in str(caught.value)
-    return str(caught.value)
 
 
 # ---- what is read

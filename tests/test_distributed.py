@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from _models import ENVIRONMENT, TESTS
+from _models import TESTS
 from _ranks import cases
 from _step_cases import assert_same, gradients, joint_batch, model_with
+from _torchrun import torchrun
 from laps.distributed import Ranks
 from laps.step import TrainingStep
 
@@ -22,16 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What two ranks computed."""
     out = tmp_path_factory.mktemp("ranks") / "found.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(TESTS / "_ranks.py"), str(out)],
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    torchrun(TESTS / "_ranks.py", out)
     return torch.load(out), json.loads(out.with_suffix(".json").read_text())
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,8 @@ import laps
 import numpy as np
 import pytest
 import torch
-from _models import ENVIRONMENT, TESTS, bert_tokenizer, scenes, tiny_laps
+from _models import TESTS, bert_tokenizer, scenes, tiny_laps
+from _torchrun import torchrun
 from _train_ranks import main as train_and_evaluate
 from laps.data import load
 from laps.data.sampler import EpochSampler
@@ -23,8 +22,6 @@ from laps.train import TrainConfig, Trainer
 from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(900)]
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @dataclass
@@ -44,15 +41,7 @@ class Runs:
         if ranks == 1:
             train_and_evaluate(out, self.scenes, mode)
             return [json.loads((out / f"{mode}0.json").read_text())]
-        done = subprocess.run(
-            [*TORCHRUN, str(TESTS / "_train_ranks.py"), str(out), str(self.scenes), mode],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        torchrun(TESTS / "_train_ranks.py", out, self.scenes, mode)
         return [json.loads((out / f"{mode}{rank}.json").read_text()) for rank in range(ranks)]
 
     def weights(self, name: str, rank: int = 0) -> dict[str, torch.Tensor]:
@@ -150,24 +139,13 @@ def test_the_command_trains_and_evaluates_under_torchrun(runs: Runs) -> None:
     if not model.exists():
         runs.run("one", "whole", 1)
 
-    def command(*arguments: str) -> str:
-        done = subprocess.run(
-            [*TORCHRUN, "-m", "laps.cli", *arguments],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     scenes = str(runs.scenes)
     options = ["--num-workers", "0", "--device", "cpu"]
     training = ["--epochs", "1", "--batch-size", "8", "--mini-batch-size", "2", "--augment", "none", *options]
-    assert (
-        command("train", scenes, "--model", str(model), "--out", str(out), *training).count("best epoch") == 1
+    train = ["train", scenes, "--model", model, "--out", out]
+    assert torchrun("-m", "laps.cli", *train, *training).count("best epoch") == 1
+    table = torchrun(
+        "-m", "laps.cli", "eval", str(out / "best"), scenes, *options, "--json", str(out / "e.json")
     )
-    table = command("eval", str(out / "best"), scenes, *options, "--json", str(out / "e.json"))
     assert table.count("rSum") == 1
     assert json.loads((out / "e.json").read_text())["metrics"]["rsum"] >= 0

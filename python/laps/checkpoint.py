@@ -95,9 +95,8 @@ def load_checkpoint(
         _check_groups(state["optimizer"], optimizer)
     with _naming(folder / RANDOM):
         own = _of_rank(randoms, rank)
-        for name, generator in own.items():
-            if name == "torch":
-                torch.Generator().set_state(generator)
+        if "torch" in own:
+            torch.Generator().set_state(own["torch"])
     with _naming(folder / OPTIMIZER):
         restored = _unflatten(moments, state["optimizer"])
         _check_moments(restored, optimizer)
