@@ -109,7 +109,7 @@ format: venv
 	@$(BIN)/ruff check --quiet --fix
 	@$(BIN)/ruff format --quiet
 
-# About seventy minutes on two cores, half of them for the three seeds of benchmarks.demo and benchmarks.grounding.
+# Some five hours on two cores, most of them for the comparisons of heads.
 bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.head
 	@$(BIN)/python -m benchmarks.heads
@@ -120,6 +120,8 @@ bench: venv native $(VENV)/.stamp-bench
 	@$(BIN)/python -m benchmarks.demo
 	@$(BIN)/python -m benchmarks.grounding
 	@$(BIN)/python -m benchmarks.search
+	@$(BIN)/python -m benchmarks.compare scenes
+	@$(BIN)/python -m benchmarks.compare scenes-ablation
 	@$(BIN)/python -m benchmarks.tables
 
 tables: venv

@@ -34,7 +34,7 @@ from laps.demo.recipe import PRETRAINING_HEAD, Sizes, train
 from laps.index import STORAGES, graph, manifest
 from laps.index.records import RecordLayout
 from laps.index.shards import ImageEntry, ShardContent
-from laps.index.writing import append
+from laps.index.writing import commit_pieces, write_piece
 
 from benchmarks import machine
 from benchmarks.shapes import SHAPES
@@ -192,7 +192,8 @@ def fill(index: Index, images: int) -> None:
             embedding=vectors,
             records=np.concatenate(records),
         )
-        state = append(index.folder, state, layout, content, roots=("/",))
+        piece = write_piece(index.folder, state, layout, content)
+        state = commit_pieces(index.folder, state, [piece], roots=("/",))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

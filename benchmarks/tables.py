@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -511,6 +512,44 @@ def search_table(result: Result) -> str:
     )
 
 
+def compare_table(result: Result) -> str:
+    """Every row of a comparison, and how far the last one, LAPS, is ahead of it, seed by seed."""
+    lines, runs = result["lines"]["all"], result["results"]
+    rsum = {(run["row"], run["seed"]): run["metrics"]["rsum"] for run in runs}
+    reference = result["comparison"]["rows"][-1]["name"]
+    columns = list(lines[0]["cells"])
+    best = {column: max(line["cells"][column]["mean"] for line in lines) for column in columns}
+    rows = []
+    for line in lines:
+        row, cells = [line["name"]], []
+        for column in columns:
+            cell = line["cells"][column]
+            text = f"{cell['mean']:.1f}"
+            if column == "rsum" and cell["spread"] is not None:
+                text += f" ± {cell['spread']:.1f}"
+            cells.append(f"**{text}**" if cell["mean"] == best[column] else text)
+        seeds = [seed for name, seed in rsum if name == line["name"] and (reference, seed) in rsum]
+        leads = [rsum[reference, seed] - rsum[line["name"], seed] for seed in seeds]
+        ahead = "" if line["name"] == reference or not leads else _spread_of(leads)
+        rows.append([*row, *cells, ahead])
+    ways = {"i2t": "image to text", "t2i": "text to image"}
+    header = ["", *(f"{ways[c[:3]]} R@{c.split('_r')[1]}" if c != "rsum" else "rSum" for c in columns)]
+    scenes, start = result["comparison"]["scenes"], result["comparison"]["start"]
+    seeds_of = sorted({run["seed"] for run in runs})
+    return (
+        f"{scenes['train']:,} training scenes, {scenes['test']:,} test scenes with {5 * scenes['test']:,} "
+        f"captions; {start['epochs']} epochs of a global embedding, from which every row goes on for "
+        f"{runs[0]['steps']:,} steps; {len(seeds_of)} seeds. ± is the standard deviation over the seeds; "
+        f"the last column is by how much the rSum of {reference} is ahead, mean (lowest to highest of the "
+        f"seeds).\n\n{markdown([*header, f'{reference} ahead by'], rows)}\n\n{machine_line(result)}"
+    )
+
+
+def _spread_of(values: Sequence[float]) -> str:
+    mean = f"{statistics.mean(values):+.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):+.1f} to {max(values):+.1f})"
+
+
 class Table(NamedTuple):
     """The result that a table comes from, what makes it, and where it stands."""
 
@@ -531,6 +570,8 @@ TABLES = {
     "misses": Table("grounding.json", misses_table),
     "encoders": Table("encoders.json", encoders_table),
     "heads": Table("heads.json", heads_table, "docs/heads.md"),
+    "compare": Table("compare-scenes.json", compare_table, "docs/heads.md"),
+    "ablation": Table("compare-scenes-ablation.json", compare_table, "docs/heads.md"),
     "search": Table("search.json", search_table, "docs/search.md"),
 }
 

@@ -11,13 +11,18 @@ from _models import ENVIRONMENT
 def torchrun(*arguments: object) -> str:
     """What two ranks of a script, or of a module after ``-m``, print; they must end well."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
+    with subprocess.Popen(
         [*start, *map(str, arguments)],
         env=ENVIRONMENT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    ) as running:
+        try:
+            output, errors = running.communicate(timeout=400)
+        except subprocess.TimeoutExpired:
+            # It ends its ranks, which would wait for one another for ever; to kill it would leave them.
+            running.terminate()
+            raise
+    assert running.returncode == 0, errors
+    return output

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from laps import compare
 from laps.config import PRESETS
 
 from benchmarks import evaluation, head, tables, training
@@ -251,6 +252,24 @@ def test_evaluation_table_marks_what_is_extrapolated() -> None:
     assert "| 8,000 pairs in 2.5 s | 3,200 | 26 min (extrapolated) | 1.0x | 90 MB |" in table
     assert "| 5,000,000 pairs in 80 s | 62,500 | 82 s | 19x | 90 MB |" in table
     assert "random normal" in table
+
+
+def test_comparison_table_shows_how_far_laps_is_ahead_seed_by_seed() -> None:
+    comparison = compare.read("scenes")
+    rsum = {("VSE++", 0): 100.0, ("VSE++", 1): 120.0, ("LAPS", 0): 110.0, ("LAPS", 1): 115.0}
+    metrics = dict.fromkeys(["i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10"], 12.5)
+    results = [
+        compare.Result(row, seed, {**metrics, "rsum": value}, None, 468, 60.0, 0)
+        for (row, seed), value in rsum.items()
+    ]
+    found = json.loads(json.dumps(compare.Table(comparison, results).to_dict()))
+    text = tables.compare_table({"machine": MACHINE, **found})
+    assert "2,000 training scenes, 500 test scenes with 2,500 captions" in text
+    assert "468 steps; 2 seeds" in text
+    assert "| VSE++ | **12.5** |" in text
+    assert "| 110.0 ± 14.1 | +2.5 (-5.0 to +10.0) |" in text
+    assert "| **112.5 ± 3.5** |  |" in text
+    assert "LAPS ahead by" in text
 
 
 def test_training_table_shows_the_share_of_the_head() -> None:

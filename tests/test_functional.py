@@ -283,6 +283,7 @@ BAD: list[tuple[str, dict[str, Any], type[laps.LapsError], str]] = [
     ("slope", {"negative_slope": -0.1}, laps.LapsValueError, "negative_slope is out of range"),
     ("slope_steep", {"negative_slope": 1.5}, laps.LapsValueError, "negative_slope is out of range"),
     ("slope_inf", {"negative_slope": math.inf}, laps.LapsValueError, "negative_slope is out of range"),
+    ("slope_huge", {"negative_slope": 10**5000}, laps.LapsValueError, "negative_slope is out of range"),
     ("weight", {"attention_weight": 1.1}, laps.LapsValueError, "attention_weight is out of range"),
     ("temperature", {"temperature": 0.0}, laps.LapsValueError, "temperature is out of range"),
     ("fusion", {"fusion": "yes"}, laps.LapsTypeError, "fusion is no flag"),

@@ -110,6 +110,15 @@ def test_a_second_run_needs_no_model_and_prunes(
     assert "5 images" in capsys.readouterr().out
 
 
+def test_a_folder_without_images_leaves_no_index(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "none").mkdir()
+    assert run("encode", tmp_path / "none", "-o", tmp_path / "index", "--model", model, *QUICK) == 2
+    assert "no image files" in capsys.readouterr().err
+    assert not (tmp_path / "index").exists()
+
+
 def test_check_has_status_1_for_damage_and_repairs_it(
     index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

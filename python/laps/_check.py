@@ -373,6 +373,10 @@ def flag(operation: str, argument: str, value: object) -> bool:
     return bool(value)
 
 
+# Python's integers go on where float ends, and cannot even be printed from some thousand digits on.
+BEYOND_FLOAT = 2**1023
+
+
 def number(
     operation: str,
     argument: str,
@@ -385,6 +389,8 @@ def number(
     """A finite number in [low, high], or in (low, high] when `open_low`."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise LapsTypeError(message(operation, f"{argument} is no number", "float", name_of(value)))
+    if isinstance(value, int) and not -BEYOND_FLOAT < value < BEYOND_FLOAT:
+        value = math.inf if value > 0 else -math.inf
     result = float(value)
     # Comparisons only, which NaN fails: a compiled function's float argument may be symbolic.
     if not (

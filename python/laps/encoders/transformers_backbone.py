@@ -207,10 +207,20 @@ def _unreadable(operation: str, source: str | Path, error: Exception) -> str:
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights under the hub's key names."""
     # Through a file, because that is where transformers translates its names.
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with _quiet(), _saving_on_every_rank(model), tempfile.TemporaryDirectory() as folder:
         with system_errors():
             model.save_pretrained(folder, max_shard_size="1TB")
         return load_tensors("encoder weights", Path(folder) / "model.safetensors")
+
+
+@contextlib.contextmanager
+def _saving_on_every_rank(model: PreTrainedModel) -> Iterator[None]:
+    """From 5.23 on transformers writes on rank 0 alone; the weights are wanted on the rank that asks."""
+    vars(model)["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+    try:
+        yield
+    finally:
+        del vars(model)["should_save_on_this_rank"]
 
 
 def from_weights(config: PretrainedConfig, state: Mapping[str, Tensor]) -> tuple[PreTrainedModel, Misfit]:

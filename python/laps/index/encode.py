@@ -1,4 +1,4 @@
-"""Image files to the contents of shards. Nothing here knows of the manifest: a rank may encode its slice."""
+"""Image files to the contents of shards. Nothing here knows of the manifest or of other ranks."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ class IndexingStoppedError(LapsError):
         super().__init__(message)
         self.signal_number = signal_number
 
+    def __reduce__(self) -> tuple[type[IndexingStoppedError], tuple[str, int]]:
+        # It travels to the other ranks.
+        return type(self), (str(self), self.signal_number)
+
 
 @dataclass(frozen=True)
 class EncodeOptions:
@@ -59,6 +63,7 @@ class EncodeOptions:
     on_error: str = "skip"
     amp: bool = False
     progress: bool = True
+    description: str = "encode images"
     shard_bytes: int = SHARD_BYTES
     shard_seconds: float = SHARD_SECONDS
 
@@ -101,7 +106,7 @@ def encode(
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model))
         stopped = stack.enter_context(_stop_signals())
-        bar = stack.enter_context(_bar(len(images), options.progress))
+        bar = stack.enter_context(_bar(len(images), options))
         batches = start_workers(loader)
         stack.callback(end_workers, batches)
         seen = 0
@@ -211,5 +216,6 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _bar(total: int, progress: bool) -> tqdm[Any]:
-    return tqdm(total=total, desc="encode images", unit="image", disable=None if progress else True)
+def _bar(total: int, options: EncodeOptions) -> tqdm[Any]:
+    disable = None if options.progress else True
+    return tqdm(total=total, desc=options.description, unit="image", disable=disable)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -14,6 +15,7 @@ from .. import _check
 from .._device import choose_device
 from .._folder_lock import LOCK, locked_folder
 from .._modes import eval_mode
+from ..distributed import Ranks
 from ..errors import LapsError, LapsTypeError, LapsValueError
 from ..model import LAPS
 from . import checking, graph, manifest, writing
@@ -319,6 +321,7 @@ class Index:
         progress: bool = True,
         shard_bytes: int = SHARD_BYTES,
         shard_seconds: float = SHARD_SECONDS,
+        ranks: Ranks | None = None,
     ) -> Added:
         """Bring the index up to date with a folder, or with some files.
 
@@ -337,9 +340,12 @@ class Index:
             progress: show a progress bar, on a terminal or in a notebook.
             shard_bytes: write a shard, and commit it, whenever it has so many bytes.
             shard_seconds: or after so many seconds.
+            ranks: of a process group (:meth:`laps.distributed.Ranks.here`), in which all call this with the
+                same arguments, on an index that all have opened in a folder that all see: each encodes its
+                share. What ends one ends all.
 
         Returns:
-            How many images were added, updated and so on.
+            How many images were added, updated and so on, by all ranks.
 
         Raises:
             LapsValueError: no such folder or file, or one without images for an empty index; another process
@@ -358,25 +364,27 @@ class Index:
             shard_bytes=_check.count(operation, "shard_bytes", shard_bytes),
             shard_seconds=_check.number(operation, "shard_seconds", shard_seconds, 0.0),
         )
-        prune, model = _check.flag(operation, "prune", prune), self.model
-        listing, folder = _listed(operation, source, model)
-        if folder is None and prune:
-            raise LapsValueError(_check.message(operation, "prune without a folder", "a folder", str(source)))
-        if listing.errors and on_error == "raise":
-            raise LapsValueError(
-                _check.message(operation, listing.errors[0], "files and folders that can be read")
-            )
-        with self._writing(operation):
-            if not listing.images and not len(self):
-                got = f"{len(listing.errors)} that cannot be read" if listing.errors else None
-                raise LapsValueError(
-                    _check.message(operation, f"{source} has no image files", "at least one", got)
-                )
-            added = writing.update(
-                self.folder, self._snapshot, model, listing, folder, prune=prune, options=options
-            )
+        prune, model, ranks = _check.flag(operation, "prune", prune), self.model, ranks or Ranks()
+        if ranks.size > 1:
+            text = f"encode images (rank 0 of {ranks.size})"
+            options = replace(options, description=text, progress=options.progress and ranks.main)
+        with contextlib.ExitStack() as writing_here:
+
+            def plan() -> writing.Plan:
+                """What there is to do; rank 0 holds the folder from here to the end."""
+                listing, folder = _listed(operation, source, model, prune=prune, on_error=on_error)
+                writing_here.enter_context(self._writing(operation))
+                if not listing.images and not len(self):
+                    got = f"{len(listing.errors)} that cannot be read" if listing.errors else None
+                    raise LapsValueError(
+                        _check.message(operation, f"{source} has no image files", "at least one", got)
+                    )
+                return writing.plan(self.folder, self._snapshot, listing, folder, prune=prune)
+
+            added = writing.carry_out(self.folder, ranks.on_main(plan), model, options, ranks)
             self.refresh()
-            self._keep_graph(options.progress)
+            if ranks.main:
+                self._keep_graph(options.progress)
         return added
 
     def delete(self, paths: Iterable[str | Path]) -> int:
@@ -491,13 +499,27 @@ def _refuse_foreign(operation: str, folder: Path) -> None:
 
 
 def _listed(
-    operation: str, source: str | Path | Iterable[str | Path], model: LAPS
+    operation: str,
+    source: str | Path | Iterable[str | Path],
+    model: LAPS,
+    *,
+    prune: bool,
+    on_error: str,
 ) -> tuple[Listing, str | None]:
     """The files of a source, and the absolute path of the folder if it is one."""
+    folder: str | None = None
     if not isinstance(source, (str, Path)):
-        return list_files([Path(path) for path in source]), None
-    if os.path.isdir(source):
-        return list_folder(Path(source), model.transform), os.path.abspath(source)
-    if not os.path.exists(source):
+        listing = list_files([Path(path) for path in source])
+    elif os.path.isdir(source):
+        listing, folder = list_folder(Path(source), model.transform), os.path.abspath(source)
+    elif os.path.exists(source):
+        listing = list_files([Path(source)])
+    else:
         raise LapsValueError(_check.message(operation, f"{source} is missing", "a folder or an image file"))
-    return list_files([Path(source)]), None
+    if folder is None and prune:
+        raise LapsValueError(_check.message(operation, "prune without a folder", "a folder", str(source)))
+    if listing.errors and on_error == "raise":
+        raise LapsValueError(
+            _check.message(operation, listing.errors[0], "files and folders that can be read")
+        )
+    return listing, folder

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .. import _check
+from ..distributed import Ranks
 from ..errors import LapsError
 from ..model import LAPS
 from . import manifest
@@ -20,7 +22,17 @@ from .records import RecordLayout
 from .shards import ImageEntry, ShardContent, ShardEntry, write_shard
 from .snapshot import Snapshot
 
-__all__ = ["Added", "append", "compact", "delete", "is_below", "update"]
+__all__ = [
+    "Added",
+    "Plan",
+    "carry_out",
+    "commit_pieces",
+    "compact",
+    "delete",
+    "is_below",
+    "plan",
+    "write_piece",
+]
 
 # Where paths begin that are in no folder of the index.
 TOP = "/"
@@ -51,31 +63,55 @@ class Added:
         )
 
 
-def append(
-    folder: Path,
-    state: Manifest,
-    layout: RecordLayout,
-    content: ShardContent,
-    *,
-    roots: Sequence[str],
-    replaced: Iterable[tuple[str, int]] = (),
-) -> Manifest:
-    """Write a shard and commit it, and with it that it replaces some rows of others (file, row).
+@dataclass(frozen=True)
+class Piece:
+    """A shard that is on the disk and in no manifest yet."""
+
+    layout: RecordLayout
+    entry: ShardEntry
+    images: list[ImageEntry]
+
+
+def write_piece(
+    folder: Path, state: Manifest, layout: RecordLayout, content: ShardContent, rank: int = 0
+) -> Piece:
+    """Write a shard; `rank` is this process among those that write shards before the next commit.
 
     Raises:
-        LapsError: the index was removed or changed meanwhile. OSError: no space; nothing has changed.
+        LapsError: the index was removed meanwhile. OSError: no space.
     """
     if not (folder / MANIFEST).exists():
         # To write would make the folder again, without a model.
         raise LapsError(_check.message("Index.add", f"{folder} was removed", "the index, to the end"))
-    entry = write_shard(manifest.new_shard_path(folder, state.next_shard), content)
+    entry = write_shard(manifest.new_shard_path(folder, state.next_shard + rank), content)
+    return Piece(layout, entry, content.images)
+
+
+def commit_pieces(
+    folder: Path,
+    state: Manifest,
+    pieces: Sequence[Piece],
+    *,
+    roots: Sequence[str],
+    replaced: Iterable[tuple[str, int]] = (),
+) -> Manifest:
+    """Commit shards, ascending by number, and with them that they replace some rows of others (file, row).
+
+    Raises:
+        LapsError: the index was removed or changed meanwhile, or the shards' records differ in layout.
+            OSError: no space; nothing has changed.
+    """
+    layout = state.layout or pieces[0].layout
+    other = next((piece.layout for piece in pieces if piece.layout != layout), None)
+    if other is not None:
+        raise LapsError(_check.message("Index.add", "ranks have features of different shapes", layout, other))
     return manifest.commit(
         folder,
         state,
         layout=layout,
         roots=tuple(roots),
-        shards=(*_without(state.shards, replaced), entry),
-        next_shard=state.next_shard + 1,
+        shards=(*_without(state.shards, replaced), *(piece.entry for piece in pieces)),
+        next_shard=pieces[-1].entry.number + 1,
     )
 
 
@@ -103,26 +139,34 @@ def _without(shards: Iterable[ShardEntry], rows: Iterable[tuple[str, int]]) -> t
 # ---- files
 
 
-def update(
-    folder: Path,
-    snapshot: Snapshot,
-    model: LAPS,
-    listing: Listing,
-    source: str | None,
-    *,
-    prune: bool,
-    options: EncodeOptions,
-) -> Added:
-    """Bring the index up to date with a listing; see :meth:`laps.Index.add`.
+@dataclass(frozen=True)
+class Plan:
+    """What has to be done to bring an index up to date.
+
+    Attributes:
+        state: of the index, what is gone already taken out.
+        roots: of the index's images and the new ones.
+        wanted: files to encode, each with what its shard is to say of it.
+        replaced: file and row of those that are in the index already, by their path.
+        done: without what is to be encoded.
+    """
+
+    state: Manifest
+    roots: list[str]
+    wanted: list[tuple[ListedImage, ImageEntry]]
+    replaced: dict[str, tuple[str, int]]
+    done: Added
+
+
+def plan(folder: Path, snapshot: Snapshot, listing: Listing, source: str | None, *, prune: bool) -> Plan:
+    """Compare the newest state of an index with a listing, and commit what is gone; see `laps.Index.add`.
 
     Args:
         folder: of the index.
         snapshot: its newest state.
-        model: of the index.
         listing: the files as they are.
         source: the absolute path of the folder that was listed; None for single files.
         prune: whether to delete what is below `source` and not listed.
-        options: of the encoding.
     """
     state, known = snapshot.manifest, snapshot.positions
     entries = list(snapshot.entries())
@@ -145,21 +189,57 @@ def update(
         if image.path not in known or not _is_same(image, entries[known[image.path]])
     ]
     roots = list(state.roots)
-    named = [(image, _entry(image, roots, source)) for image in wanted]
-    added = updated = 0
-    for layout, content in encode(model, named, state.layout, options):
-        paths = [os.path.join(roots[image.root], image.path) for image in content.images]
-        again = [known[path] for path in paths if path in known]
-        replaced = [_row(snapshot, position) for position in again]
-        state = append(folder, state, layout, content, roots=roots, replaced=replaced)
-        updated += len(again)
-        added += len(paths) - len(again)
-    return Added(
+    return Plan(
+        state=state,
+        roots=roots,
+        wanted=[(image, _entry(image, roots, source)) for image in wanted],
+        replaced={image.path: _row(snapshot, known[image.path]) for image in wanted if image.path in known},
+        done=Added(
+            unchanged=len(listing.images) - len(wanted), deleted=len(gone), skipped=len(listing.errors)
+        ),
+    )
+
+
+def carry_out(folder: Path, plan: Plan, model: LAPS, options: EncodeOptions, ranks: Ranks) -> Added:
+    """Encode what a plan wants, each rank its share, and commit it; every rank calls this.
+
+    In rounds: each rank writes a shard, and rank 0 commits all of these at once. What ends one ends all, when
+    each has written what it had encoded.
+    """
+    state, added, updated = plan.state, 0, 0
+    mine = plan.wanted[ranks.part(len(plan.wanted))]
+    encoded = encode(model, mine, state.layout, options)
+    while True:
+        piece: Piece | None = None
+        failed: LapsError | OSError | None = None
+        try:
+            found = next(encoded, None)
+            if found is not None:
+                piece = write_piece(folder, state, *found, ranks.rank)
+        except (LapsError, OSError) as error:
+            failed = error
+        outcomes = ranks.objects((piece, failed))
+        pieces = [each for each, _ in outcomes if each is not None]
+        if pieces:
+            paths = [
+                os.path.join(plan.roots[image.root], image.path) for each in pieces for image in each.images
+            ]
+            replaced = [plan.replaced[path] for path in paths if path in plan.replaced]
+            state = ranks.on_main(
+                partial(commit_pieces, folder, state, pieces, roots=plan.roots, replaced=replaced)
+            )
+            updated += len(replaced)
+            added += len(paths) - len(replaced)
+        failure = next((each for _, each in outcomes if each is not None), None)
+        if failure is not None:
+            raise failure
+        if not pieces:
+            break
+    return replace(
+        plan.done,
         added=added,
         updated=updated,
-        unchanged=len(listing.images) - len(wanted),
-        deleted=len(gone),
-        skipped=len(wanted) - added - updated + len(listing.errors),
+        skipped=plan.done.skipped + len(plan.wanted) - added - updated,
     )
 
 

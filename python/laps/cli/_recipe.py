@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
-from .config import PRESETS
-from .train_config import LOGGERS, ON_ERROR, SCHEDULES, TrainConfig
+from ..config import PRESETS
+from ..train_config import LOGGERS, ON_ERROR, SCHEDULES, TrainConfig
 
 __all__ = ["FROM_PRESET", "add_train_options"]
 
