@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -534,8 +536,14 @@ def test_what_others_allowed_to_load_is_neither_allowed_nor_forgotten(tmp_path: 
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"", ["cannot be read (expected a file of torch.save"]),
-        (b"hello, these are words\n", ["cannot be read (expected a file of torch.save"]),
+        (b"", ["is empty (expected a file of torch.save"]),
+        (b"hello, these are words\n", ["is a text file (expected a file of torch.save"]),
+        ("ein Häuschen\n\tam See".encode(), ["is a text file"]),
+        (b"<!DOCTYPE html>\n<html><body>404</body></html>", ["is a web page"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 1\n", ["git lfs pull"]),
+        (b"\xff\xd8\xff\xe0" + bytes(100), ["is an image (JPEG)"]),
+        (b"\x1f\x8b\x08" + bytes(100), ["is compressed by gzip"]),
+        (bytes(257) + b"ustar" + bytes(250), ["is an old tar file"]),
         (b"PK\x03\x04" + bytes(100), ["cannot be read (expected a file of torch.save"]),
         ([1, 2], ["is no checkpoint (expected a dictionary"]),
         ({"epoch": 1}, ['expected "model" with weights img_enc', "got keys 'epoch'"]),
@@ -577,7 +585,7 @@ def test_paths_without_a_checkpoint_are_refused(tmp_path: Path) -> None:
         lambda: laps.convert(tmp_path / "vit.safetensors", tmp_path / "out"), "no checkpoint of the published"
     )
     os.rename(tmp_path / "vit.safetensors", tmp_path / "vit.pth")
-    refused(lambda: laps.convert(tmp_path / "vit.pth", tmp_path / "out"), "vit.pth cannot be read")
+    refused(lambda: laps.convert(tmp_path / "vit.pth", tmp_path / "out"), "vit.pth is a safetensors file")
     save(tmp_path, [1], pickle_protocol=4)
     refused(lambda: laps.convert(tmp_path, tmp_path / "out"), "model_best.pth cannot be read")
 
@@ -698,3 +706,47 @@ def test_convert_is_a_function_each_time_it_is_asked_for() -> None:
     assert callable(laps.convert)
     assert callable(laps.convert)
     assert "convert" in dir(laps)
+
+
+def test_a_torchscript_archive_is_named_and_torchs_advice_is_not_passed_on(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "a.pth")
+    message = refused(lambda: laps.convert(tmp_path / "a.pth", tmp_path / "out"), "is a TorchScript archive")
+    assert "weights_only" not in message
+
+
+def test_compressed_or_overlapping_entries_and_a_huge_pickle_are_refused_unread(tmp_path: Path) -> None:
+    def archive(content: bytes, compression: int) -> Path:
+        with zipfile.ZipFile(tmp_path / "a.pth", "w", compression) as file:
+            file.writestr("a/data.pkl", content)
+        return tmp_path / "a.pth"
+
+    bomb = archive(b"\x80\x02" + b"]" * 2**22 + b".", zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 2**16
+    refused(lambda: laps.convert(bomb, tmp_path / "out"), "compressed entries", "a/data.pkl")
+    large = archive(b"\x80\x02" + b"]" * 2**24 + b".", zipfile.ZIP_STORED)
+    refused(lambda: laps.convert(large, tmp_path / "out"), "a/data.pkl is too large", 2**24)
+
+
+@pytest.mark.parametrize("name", ["get", "keys", "values", "__iter__", "__len__"])
+def test_attributes_that_hide_the_methods_of_a_dictionary_change_nothing(tmp_path: Path, name: str) -> None:
+    def spoiled(values: dict[str, Any]) -> OrderedDict[str, Any]:
+        ordered = OrderedDict(values)
+        ordered.__dict__[name] = 5
+        return ordered
+
+    content = checkpoint(random_weights(TINY["vit"]), TINY["vit"])
+    content = spoiled({**content, "model": spoiled(content["model"])})
+    assert convert_tiny(tmp_path, content, TINY["vit"]).epoch == 21
+
+
+@pytest.mark.parametrize("epoch", [10**300, True, -1, "21"])
+def test_an_epoch_that_is_none_is_unknown(tmp_path: Path, epoch: object) -> None:
+    content = checkpoint(random_weights(TINY["vit"]), TINY["vit"]) | {"epoch": epoch}
+    assert "epoch unknown" in str(convert_tiny(tmp_path, content, TINY["vit"]))
+
+
+def test_names_of_options_reach_no_terminal_raw(tmp_path: Path) -> None:
+    content = checkpoint(random_weights(TINY["vit"]), TINY["vit"])
+    setattr(content["opt"], "a\x1b[31mX", 2**70)
+    message = refused(lambda: convert_tiny(tmp_path, content, TINY["vit"]), r"opt.a\x1b[31mX is out of range")
+    assert "\x1b" not in message

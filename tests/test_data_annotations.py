@@ -314,3 +314,40 @@ def test_a_folder_of_nothing_known_is_refused_with_what_it_holds(tmp_path: Path)
     write_images(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "notes.json").write_text("{}")
     refused(lambda: load(tmp_path, "test"), "none of them in: a.jpg, b.jpg, notes.json")
+
+
+def test_the_ground_truth_files_of_blip_are_passed_over(tmp_path: Path) -> None:
+    image = tmp_path / "images" / "a.jpg"
+    image.parent.mkdir()
+    image.write_bytes(b"")
+    for split in ("train", "val", "test"):
+        image.with_name(f"{split}.jpg").write_bytes(b"")
+        entries = [{"image": f"{split}.jpg", "caption": [f"{split} caption"]}]
+        (tmp_path / f"coco_karpathy_{split}.json").write_text(json.dumps(entries))
+        truth = {"annotations": [{"image_id": 0, "caption": "x", "id": 0}], "images": [{"id": 0}]}
+        for name in (f"coco_karpathy_{split}_gt.json", f"coco_{split}_truth.json"):
+            (tmp_path / name).write_text(json.dumps(truth))
+    assert load(tmp_path, "test").captions == ["test caption"]
+
+
+def test_equal_names_in_the_folder_of_each_split_are_different_images(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "1.jpg").write_bytes(split.encode())
+        content = {
+            "images": [{"id": 1, "file_name": "1.jpg"}],
+            "annotations": [{"image_id": 1, "caption": split}],
+        }
+        (tmp_path / "annotations" / f"captions_{split}.json").write_text(json.dumps(content))
+    assert load(tmp_path, "train").image_paths == [tmp_path / "train2017" / "1.jpg"]
+    assert load(tmp_path, "val").image_paths == [tmp_path / "val2017" / "1.jpg"]
+    refused(lambda: load(tmp_path, "train", images=tmp_path / "val2017"), "mixed up", "1.jpg")
+
+
+def test_what_is_wrong_with_a_file_called_as_cocos_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "captions_train.json"
+    file.write_text(json.dumps({"images": [], "annotations": []}))
+    refused(lambda: load(tmp_path, "train"), "lists no image")
+    file.write_text(json.dumps({"images": [{"id": 1}], "annotations": []}))
+    refused(lambda: load(tmp_path, "train"), "images[0] has no usable 'file_name'")

@@ -287,3 +287,13 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "images")
     with pytest.raises(LapsValueError, match=r"no image of .* was found"):
         quiet(tmp_path)
+
+
+def test_control_characters_in_names_of_files_are_shown_escaped(tmp_path: Path) -> None:
+    write(tmp_path, SOUND)
+    (tmp_path / "dataset.json").unlink()
+    entries = [{"image": name, "caption": "x"} for name in ("a.jpg", "\x1b[31mred\n.jpg")]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    text = str(quiet(tmp_path / "train.jsonl"))
+    assert r"\x1b[31mred\n.jpg" in text
+    assert "\x1b" not in text

@@ -15,7 +15,7 @@ from _refused import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from laps import LapsError, LapsTypeError, LapsValueError
-from laps.data import RetrievalData, load, read_caption_files, read_karpathy, read_pairs
+from laps.data import RetrievalData, check, load, read_caption_files, read_karpathy, read_pairs
 
 # Image, its split, its captions: one, three and two, so that no reader can assume a number.
 ROWS: list[tuple[str, str, list[str]]] = [
@@ -430,3 +430,39 @@ def test_quotation_marks_in_tab_separated_captions_stay(tmp_path: Path) -> None:
     file.write_text("\n".join(["image\tcaption", *rows, ""]))
     data = load(file, "all", images=tmp_path / "images")
     assert data.captions == ['"Stop sign', "x", 'a pipe of 12"', '"Stop" sign', 'all "of" it']
+
+
+def test_tables_called_after_their_splits_are_one_data_set_and_case_is_folded(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    for split, row in (("train", ROWS[1]), ("test", ROWS[0])):
+        write_pairs(tmp_path / f"flickr_{split}.csv", [{"image": row[0], "caption": row[2][0]}])
+    assert load(tmp_path, "train").captions == ["two dogs"]
+    assert load(tmp_path, "test").captions == ["a cat"]
+    named = [
+        {"image": r[0], "caption": r[2][0], "split": s}
+        for r, s in zip(ROWS[1::-1], ("Train", "TEST"), strict=True)
+    ]
+    file = write_pairs(tmp_path / "all.csv", named)
+    assert load(file, "train").captions + load(file, "test").captions == ["two dogs", "a cat"]
+
+
+def test_half_of_a_surrogate_pair_is_a_fault_with_its_line(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    file = tmp_path / "train.jsonl"
+    lines = [r'{"image": "a.jpg", "caption": "a cat"}', r'{"image": "b.jpg", "caption": "half \ud800"}']
+    file.write_text("\n".join(lines))
+    message = refused(lambda: load(file, "train"), f"{file}:2", "no text", r"\ud800")
+    assert message.isascii()
+    assert len(check(file, progress=False).splits["train"].faults) == 1
+    with pytest.warns(UserWarning, match=f"left out 1: {re.escape(str(file))}:2"):
+        assert load(file, "train", on_error="skip").captions == ["a cat"]
+
+
+def test_a_key_that_repeats_in_a_line_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"image": "a.jpg", "caption": "a", "caption": "b"}')
+    refused(lambda: load(tmp_path / "train.jsonl", "train"), "train.jsonl:1", "'caption' twice")
+
+
+def test_a_blank_line_at_the_end_of_captions_is_named(tmp_path: Path) -> None:
+    write_caption_files(tmp_path, "test", ["0", "1"], ["a", "b", ""])
+    refused(lambda: read_caption_files(tmp_path, "test"), "3 captions with the blank line at the end")

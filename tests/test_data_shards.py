@@ -465,3 +465,87 @@ def test_wrong_arguments_are_refused(tmp_path: Path) -> None:
         CaptionStream(folder, TOKENIZER, RegionTransform(), epoch_length=1)
     with pytest.raises(LapsTypeError, match="shards"):
         stream(7, epoch_length=1)  # type: ignore[arg-type]
+
+
+# ---- splits of a stream
+
+
+def test_a_stream_takes_the_shards_of_one_split_as_the_finite_reading_does(tmp_path: Path) -> None:
+    write(tmp_path / "flat", range(4), pattern="train-%05d.tar")
+    write(tmp_path / "flat", range(4, 8), pattern="val-%05d.tar")
+    write(tmp_path / "below" / "test", range(3))
+    flat = tmp_path / "flat"
+    assert stream(flat, epoch_length=1, split="train").shards == [flat / "train-00000.tar"]
+    assert stream(flat, epoch_length=1, split="dev").shards == [flat / "val-00000.tar"]
+    assert stream(flat / "train-{00000..00000}.tar", epoch_length=1).shards == [flat / "train-00000.tar"]
+    refused(lambda: stream(flat, epoch_length=1), "several splits", "train-00000.tar", "val-00000.tar")
+    refused(lambda: stream(flat, epoch_length=1, split="test"), "no split 'test'", "train, val")
+    assert len(stream(tmp_path / "below", epoch_length=1).shards) == 1
+    untold = write(tmp_path / "set", range(2))
+    assert stream(untold, epoch_length=1, split="train").shards == [untold / "00000.tar"]
+    refused(lambda: stream(untold, epoch_length=1, split="dev"), "no split 'dev'", "one of all")
+
+
+# ---- what is left out
+
+
+STRAY = [("README.txt", b"about"), ("info.json", b"[1]"), ("data/license.json", b'{"caption": "x"}')]
+FAULTS = [
+    ("1.txt", b"lost"),
+    ("2.png", encoded(2)), ("2.txt", "Häuschen".encode("latin-1")),
+    ("3.png", encoded(3)), ("3.json", b'{"caption": {"raw": "x"}}'),
+    ("4.png", encoded(4)), ("4.json", b'{"caption": ["whole", "half \\ud800"]}'),
+]  # fmt: skip
+GOOD = [("0.png", encoded(0)), ("0.txt", b"picture 0")]
+
+
+def test_members_that_are_no_sample_are_passed_over(tmp_path: Path) -> None:
+    file = tar(tmp_path / "set" / "0.tar", [*STRAY, *GOOD])
+    assert load(file, "all").captions == ["picture 0"]
+    assert len(run(stream(file, epoch_length=1))) == 1
+
+
+def test_faults_of_a_shard_are_raised_or_left_out_and_a_check_lists_all(tmp_path: Path) -> None:
+    file = tar(tmp_path / "set" / "0.tar", [*GOOD, *FAULTS])
+    places = [str(file / name) for name in ("1.txt", "2.txt", "3.json", "4.json")]
+    faults = check(file, progress=False).splits["all"].faults
+    assert [any(fault.startswith(place) for fault in faults) for place in places] == [True] * 4
+    assert len(faults) == 4
+    assert not check(file, progress=False).ok
+    refused(lambda: load(file, "all"), places[0], "3 more")
+    with pytest.warns(UserWarning, match="left out 4"):
+        data = load(file, "all", on_error="skip")
+    assert (data.captions, numbers_of(data)) == (["picture 0", "whole"], [0, 4])
+
+
+def test_a_damaged_shard_is_one_fault_and_the_others_are_read(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set")
+    (folder / "00001.tar").write_bytes(b"<html>")
+    report = check(folder, progress=False).splits["all"]
+    assert (len(report.faults), report.images) == (1, 8)
+    with pytest.warns(UserWarning, match="00001.tar cannot be read"):
+        assert load(folder, "all", on_error="skip").num_images == 8
+
+
+def test_shards_without_captions_or_images_say_what_they_hold(tmp_path: Path) -> None:
+    other = tar(tmp_path / "0.tar", [("0.png", encoded(0)), ("0.cls", b"3"), ("0.json", b'{"text": "a"}')])
+    parts = ("1 .png", "1 .cls", "1 .json", "in the .json text 1x")
+    refused(lambda: load(other, "all"), "lists no captions", *parts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        refused(lambda: run(stream(other, epoch_length=1, on_error="skip")), "finds no example", *parts)
+    refused(
+        lambda: load(tar(tmp_path / "1.tar", [("a.caption", b"x")]), "all"), "lists no images", "1 .caption"
+    )
+
+
+def test_compression_is_named_where_random_access_needs_a_plain_file(tmp_path: Path) -> None:
+    content = gzip.compress((write(tmp_path / "set", range(2)) / "00000.tar").read_bytes())
+    for name in ("a/0.tar.gz", "b/0.tar"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    refused(lambda: check(tmp_path / "a" / "0.tar.gz"), "is a compressed tar file")
+    refused(lambda: check(tmp_path / "a"), "compressed tar files can only be streamed")
+    refused(lambda: stream(tmp_path / "a", epoch_length=1), "compressed files have to be named")
+    refused(lambda: load(tmp_path / "b", "all"), "0.tar is compressed by gzip, and can only be streamed")
+    assert len(run(stream(tmp_path / "b" / "0.tar", epoch_length=1))) == 1

@@ -213,7 +213,7 @@ def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, bert: Caption
     code = (
         "from laps.data import CaptionTokenizer; from laps import LapsValueError\n"
         "print(CaptionTokenizer.from_pretrained('someone/model').encode(['a dog']).input_ids.tolist())\n"
-        "for name in ('someone/else', 'no/such/folder'):\n"
+        "for name in ('someone/else', 'nobody'):\n"
         "    try: CaptionTokenizer.from_pretrained(name)\n"
         "    except LapsValueError as error: print(error)\n"
     )
@@ -223,7 +223,7 @@ def test_a_model_of_the_hub_is_read_from_its_cache(tmp_path: Path, bert: Caption
     ).stdout.splitlines()
     assert lines[0] == str(bert.encode(["a dog"]).input_ids.tolist())
     assert all("cannot be had (expected a local folder or a hub model id" in line for line in lines[1:])
-    assert all(name in line for name, line in zip(("someone/else", "no/such/folder"), lines[1:], strict=True))
+    assert all(name in line for name, line in zip(("someone/else", "nobody"), lines[1:], strict=True))
 
 
 def test_a_vocabulary_is_learned_the_same_in_every_process(tmp_path: Path) -> None:
@@ -420,3 +420,15 @@ def test_half_a_surrogate_pair_is_refused_with_the_caption() -> None:
     with pytest.raises(LapsValueError, match=message):
         tokenizer.count(caption)
     assert tokenizer.count("a cat") == 4
+
+
+@pytest.mark.parametrize("name", ["nope.txt", "bert/vocab.json", "no/such/folder", "./nope", "/nope"])
+def test_a_path_that_leads_nowhere_is_refused_without_asking_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("laps.data.tokenizer.hf_hub_download", asked)
+    with pytest.raises(LapsValueError, match="does not exist"):
+        CaptionTokenizer.from_pretrained(name)

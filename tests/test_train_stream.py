@@ -127,3 +127,23 @@ def test_shards_are_data_like_any_other(folder: Path) -> None:
     data = load(folder / "shards", "all")
     assert isinstance(data, RetrievalData)
     assert data.num_captions == 36
+
+
+def test_the_command_streams_the_shards_of_the_train_split_alone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_laps(tokenizer=laps.data.CaptionTokenizer.from_file(folder / "tokenizer.json"))
+    model.save_pretrained(tmp_path / "model")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, name in enumerate(("train-0", "train-1", "val-0")):
+        (shards / f"{name}.tar").write_bytes((folder / "shards" / f"{number:05d}.tar").read_bytes())
+    recipe = ["--epoch-length=8", "--epochs=1", "--batch-size=8", "--num-workers=0", "--device=cpu"]
+    arguments = ["train", str(shards), "--model", str(tmp_path / "model"), "--dev-data", str(shards), *recipe]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["train_data"]["count"] == 2
+    capsys.readouterr()
+    again = [*arguments, "--train-split", "val", "--out", str(tmp_path / "other")]
+    assert main(again) == 2
+    assert "--dev-split dev is streamed too" in capsys.readouterr().err

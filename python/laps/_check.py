@@ -7,6 +7,7 @@ break: on plain CPU tensors, outside ``torch.compile`` and FakeTensor mode.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,9 +27,19 @@ FLOAT_NAMES = "float32, float64, bfloat16 or float16"
 PROBABILITY_SLACK = {torch.float32: 1e-6, torch.float64: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
 
+# What names in files may hold and a terminal obeys: control characters but for tab and line feed, and marks
+# of the writing direction; also halves of surrogate pairs, which cannot be written at all.
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def message(operation: str, broken: str, expected: object, got: object = None) -> str:
     """The one form of an error message; `got` is left out where `broken` says it."""
-    return f"{operation}: {broken} (expected {expected}{'' if got is None else f', got {got}'})"
+    return printable(f"{operation}: {broken} (expected {expected}{'' if got is None else f', got {got}'})")
+
+
+def printable(text: str) -> str:
+    """The text, with an escape in place of each character that a terminal would obey or cannot show."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def name_of(value: object) -> str:

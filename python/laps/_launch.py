@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 from .distributed import Ranks
+from .errors import LapsError
 
 __all__ = ["started_ranks"]
+
+# Seconds that a rank waits to hear whether rank 0 has failed alike.
+WAIT = 3
 
 
 @contextlib.contextmanager
@@ -29,5 +34,27 @@ def started_ranks(device: str | None) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if on_cuda else "gloo")
     try:
         yield Ranks.here()
+    except LapsError as error:
+        error.told_by_rank_0 = _told_by_rank_0(str(error))
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _told_by_rank_0(text: str) -> bool:
+    """Whether rank 0 ends by the same error, which one of all ranks should print.
+
+    Through the store, not a collective operation: where one rank alone fails, the others do not take part.
+    """
+    import torch.distributed as dist
+
+    store, key = dist.distributed_c10d._get_default_store(), "laps/error"
+    try:
+        if dist.get_rank() == 0:
+            store.set(key, text)
+            return False
+        store.wait([key], timedelta(seconds=WAIT))
+        return bool(store.get(key).decode() == text)
+    # Rank 0 has no error, or it had the store and has gone with it.
+    except Exception:
+        return False

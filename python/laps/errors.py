@@ -11,7 +11,13 @@ __all__ = ["LapsError", "LapsImportError", "LapsTypeError", "LapsValueError"]
 
 
 class LapsError(Exception):
-    """Base of everything that laps raises on purpose."""
+    """Base of everything that laps raises on purpose.
+
+    Attributes:
+        told_by_rank_0: of several ranks, whether the first one raised the same and will say so.
+    """
+
+    told_by_rank_0: bool = False
 
 
 class LapsValueError(LapsError, ValueError):

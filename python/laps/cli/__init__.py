@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from .. import __version__
+from .. import __version__, _check
 from ..errors import LapsError
 from .compare import add_compare
 from .convert import add_convert
@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except (LapsError, OSError) as error:
-        print(f"laps: {error}", file=sys.stderr)
+        if not getattr(error, "told_by_rank_0", False):
+            print(f"laps: {_check.printable(str(error))}", file=sys.stderr)
         number: int | None = getattr(error, "signal_number", None)
         return 2 if number is None else 128 + number
     except KeyboardInterrupt:

@@ -13,12 +13,15 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
         "source", type=Path, help="model_best.pth, its folder, or the same weights as .safetensors"
     )
     parser.add_argument("out", type=Path, help="the model's folder, new or empty")
-    for side, base in (("image", "ViT-base or a Swin"), ("text", "BERT-base")):
+    for side, encoder, base in (
+        ("image", "an image encoder", "ViT-base or Swin"),
+        ("text", "a text encoder", "BERT-base"),
+    ):
         parser.add_argument(
             f"--{side}-config",
             type=Path,
             metavar="JSON",
-            help=f"config.json of a {side} encoder that is no {base}",
+            help=f"config.json of {encoder} that is no {base}",
         )
     words = parser.add_mutually_exclusive_group()
     words.add_argument(

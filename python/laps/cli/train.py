@@ -117,7 +117,7 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     from ..data import read_dense_captions
     from ..data.regions import read_labels, require_fit
     from ..model import LAPS
-    from ..train import Trainer
+    from ..train import Trainer, TrainingStoppedError
     from ..train_config import TrainConfig
     from ._recipe import FROM_PRESET
 
@@ -156,11 +156,15 @@ def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
     if options.dense_captions is not None and data is not None:
         dense = read_dense_captions(options.dense_captions, data)
     model = saved or _new_model(options, config.seed, labels)
-    train_data = _stream(options, config, model) if data is None else data
+    train_data = _stream(options, config, model, dev) if data is None else data
     trainer = Trainer(model, train_data, dev, options.out, config, dense_captions=dense)
     if options.resume and not begun and ranks.main:
         print(f"laps: {options.out} holds no checkpoint yet: a new run", file=sys.stderr)
-    history = trainer.fit(resume=options.resume)
+    try:
+        history = trainer.fit(resume=options.resume)
+    except TrainingStoppedError as error:
+        words = str(error).replace("resume=True", "--resume")
+        raise TrainingStoppedError(words, error.signal_number) from error
     skipped = sum(ranks.objects(trainer.source.skipped))
     if not ranks.main:
         return 0
@@ -194,22 +198,39 @@ def _regions(options: argparse.Namespace, saved: LAPS | None) -> RegionTransform
     return None
 
 
-def _stream(options: argparse.Namespace, config: TrainConfig, model: LAPS) -> CaptionStream:
-    """The shards of `laps train --epoch-length`."""
+def _stream(
+    options: argparse.Namespace, config: TrainConfig, model: LAPS, dev: RetrievalData | None
+) -> CaptionStream:
+    """The shards of `laps train --epoch-length`; refused if the dev split's are among them."""
     from .._train_source import augmentation
     from ..data import CaptionStream
+    from ..data.containers import container_of
 
     assert model.tokenizer is not None  # the trainer would refuse it; `_train_on` makes it first
-    return CaptionStream(
+    stream = CaptionStream(
         options.data,
         model.tokenizer,
         model.transform,
         epoch_length=options.epoch_length,
+        split=options.train_split,
         seed=config.seed,
         shuffle_buffer=options.shuffle_buffer,
         augment=augmentation(config, model.tokenizer),
         on_error=config.on_error,
     )
+    containers = {container_of(path) for path in ([] if dev is None else dev.image_paths)}
+    files = {os.path.realpath(container.file) for container in containers if container is not None}
+    shared = [file for file in stream.shards if os.path.realpath(file) in files]
+    if shared:
+        raise LapsValueError(
+            _check.message(
+                "laps train",
+                f"--dev-split {options.dev_split} is streamed too",
+                "other shards than those of --train-split",
+                f"{len(shared)} in both, {shared[0]} for example",
+            )
+        )
+    return stream
 
 
 def _train_and_dev(
@@ -237,7 +258,15 @@ def _train_and_dev(
     wanted = [] if streamed else [(options.data, options.train_split)]
     wanted += [] if options.dev_split == "none" else [(dev_data, options.dev_split)]
     found = [
-        load(path, name, images=options.images, regions=regions, on_missing=keep, on_empty=keep)
+        load(
+            path,
+            name,
+            images=options.images,
+            regions=regions,
+            on_missing=keep,
+            on_empty=keep,
+            on_error=on_error,
+        )
         for path, name in wanted
     ]
     if streamed:

@@ -77,7 +77,7 @@ def read(operation: str, source: str | Path) -> Published:
         content: Any = {"model": load_tensors(operation, path)}
     else:
         content = load_pickled(operation, path)
-    if not isinstance(content, Mapping):
+    if not isinstance(content, dict):
         raise LapsTypeError(
             _check.message(
                 operation,
@@ -86,10 +86,13 @@ def read(operation: str, source: str | Path) -> Published:
                 _check.name_of(content),
             )
         )
+    content = _plain(content)
     if "model" not in content and _is_model(content):
         content = {"model": content}
     state = content.get("model")
-    if not isinstance(state, Mapping) or not _is_model(state):
+    if isinstance(state, dict):
+        state = _plain(state)
+    if not isinstance(state, dict) or not _is_model(state):
         keys = ", ".join(ascii(key)[:80] for key in list(content if state is None else _keys(state))[:5])
         raise LapsValueError(
             _check.message(
@@ -106,13 +109,22 @@ def read(operation: str, source: str | Path) -> Published:
         prefix,
         _weights(operation, path, prefix, state),
         _options(operation, path, content.get("opt")),
-        epoch if isinstance(epoch, int) else None,
-        float(best) if isinstance(best, (int, float)) and 0 <= best <= MAX_RSUM else None,
+        epoch if _is_number(epoch) and isinstance(epoch, int) and 0 <= epoch < 2**63 else None,
+        float(best) if _is_number(best) and 0 <= best <= MAX_RSUM else None,
     )
 
 
+def _plain(mapping: dict[Any, Any]) -> dict[Any, Any]:
+    """A copy that has no attributes: a pickle can hide the methods of an OrderedDict behind some."""
+    return dict(dict.items(mapping))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _keys(state: object) -> list[str]:
-    return list(state) if isinstance(state, Mapping) else [_check.name_of(state)]
+    return list(state) if isinstance(state, dict) else [_check.name_of(state)]
 
 
 def _is_model(state: Mapping[Any, Any]) -> bool:
@@ -164,11 +176,15 @@ def _options(operation: str, path: Path, opt: object) -> dict[str, Any]:
     if opt is None:
         return {}
     values = vars(opt) if isinstance(opt, Namespace) else opt
-    if not isinstance(values, Mapping):
+    if not isinstance(values, dict):
         raise LapsTypeError(
             _check.message(operation, f"{path}: opt holds no options", "Namespace", _check.name_of(opt))
         )
-    plain = {str(name): value for name, value in values.items() if isinstance(value, (int, float, str))}
+    plain = {
+        name: value
+        for name, value in _plain(values).items()
+        if isinstance(name, str) and isinstance(value, (int, float, str))
+    }
     for name, value in plain.items():
         if isinstance(value, int) and abs(value) >= 2**63:
             raise LapsValueError(

@@ -16,6 +16,7 @@ from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_g
 
 from .. import _check
 from ..errors import LapsValueError
+from .file_kinds import refuse_other_kinds
 
 __all__ = ["load_pickled"]
 
@@ -65,8 +66,8 @@ def load_pickled(operation: str, path: Path) -> Any:
         path: of the file.
 
     Raises:
-        LapsValueError: naming the file: it is damaged, no such file, or asks for another global, which is
-            named.
+        LapsValueError: naming the file: it is damaged, another kind of file (which is named), or asks for
+            another global, which is named.
 
     Example:
         >>> import pathlib, tempfile, torch
@@ -77,6 +78,7 @@ def load_pickled(operation: str, path: Path) -> Any:
         ...     load_pickled("example", path)
         {'epoch': 3}
     """
+    refuse_other_kinds(operation, path)
     try:
         # Its warnings are of what is refused anyway, and of what its older form did.
         with _only_allowed(), warnings.catch_warnings():
@@ -87,6 +89,9 @@ def load_pickled(operation: str, path: Path) -> Any:
         name = re.search(r"GLOBAL (\S+)", str(error))
         if name is None:
             reason = str(error).split("WeightsUnpickler error:")[-1].strip().split("\n")[0]
+            # Where torch advises to switch its protection off, it has nothing to say of the file.
+            if "weights_only" in reason or "Weights only" in reason:
+                reason = "something else"
             raise LapsValueError(
                 _check.message(
                     operation,

@@ -37,6 +37,8 @@ class SplitReport:
     Attributes:
         images, captions: how many.
         captions_per_image: "min", "median", "max".
+        faults: what could not be taken, with its place: captions that are no text, samples of a shard that
+            are malformed, damaged shards.
         missing: paths of files that are not there.
         unreadable: path to reason.
         converted: Pillow mode to the number of images that become RGB from it.
@@ -50,6 +52,7 @@ class SplitReport:
     images: int
     captions: int
     captions_per_image: dict[str, float]
+    faults: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
     converted: dict[str, int] = field(default_factory=dict)
@@ -61,12 +64,12 @@ class SplitReport:
 
     @property
     def ok(self) -> bool:
-        """There are images and captions, no image is missing or unreadable, and no caption empty.
+        """There are images and captions, all of them usable, no image missing and no caption empty.
 
         And not all of the images lack labels, if these have names.
         """
         there = self.images > 0 and self.captions > 0 and len(self.unlabelled) < self.images
-        return there and not (self.missing or self.unreadable or self.empty_captions)
+        return there and not (self.faults or self.missing or self.unreadable or self.empty_captions)
 
 
 @dataclass
@@ -117,6 +120,7 @@ class CheckReport:
             absent = [what for what in ("images", "captions") if getattr(split, what) == 0]
             if absent:
                 lines.append(f"  no {' and no '.join(absent)}")
+            lines += _items("what cannot be taken", split.faults)
             lines += _items("missing images", split.missing)
             lines += _items("unreadable images", [f"{path}: {why}" for path, why in split.unreadable.items()])
             lines += _items("images without a label on any region", split.unlabelled)
@@ -285,6 +289,7 @@ def _split_report(
         len(paths),
         len(listing.captions),
         {"min": min(per_image), "median": statistics.median(per_image), "max": max(per_image)},
+        faults=listing.faults,
     )
     same: dict[str, list[str]] = {}
     for path in paths:
@@ -352,4 +357,9 @@ def _items(title: str, items: Sequence[str]) -> list[str]:
     if not items:
         return []
     more = [f"    ... and {len(items) - SHOWN} more"] if len(items) > SHOWN else []
-    return [f"  {title}: {len(items)}", *(f"    {item}" for item in items[:SHOWN]), *more]
+    return [f"  {title}: {len(items)}", *(f"    {_line(item)}" for item in items[:SHOWN]), *more]
+
+
+def _line(item: str) -> str:
+    """An item, which has names of files, as one line."""
+    return _check.printable(item).replace("\n", "\\n")

@@ -10,7 +10,7 @@ from typing import Any
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
 from .listing import is_blank
-from .parsers import PAIR_SUFFIXES, field_of, json_of, pair_rows, text_of
+from .parsers import PAIR_SUFFIXES, field_of, json_of, pair_rows, text_of, unrepeated
 from .records import RetrievalData
 from .regions import ARCHIVE_END
 from .tokenizer import CaptionTokenizer
@@ -128,24 +128,13 @@ def _texts(file: Path) -> dict[str, str]:
     return texts
 
 
-def _unrepeated(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, of which Python's own reader would keep the last of two equal names."""
-    entries: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in entries:
-            raise LapsValueError(_check.message(OPERATION, f"{file} names {name!r} twice", "once each"))
-        entries[name] = value
-    return entries
-
-
 def _entries(file: Path) -> list[tuple[str, str, str]]:
     """Place, image and text of every entry."""
     if file.suffix in PAIR_SUFFIXES:
         rows: list[tuple[str, Any]] = [(f"{file}:{line}", row) for line, row in pair_rows(OPERATION, file)]
     else:
-        content = json_of(
-            OPERATION, text_of(OPERATION, file), file, object_pairs_hook=partial(_unrepeated, file)
-        )
+        hook = partial(unrepeated, OPERATION, str(file))
+        content = json_of(OPERATION, text_of(OPERATION, file), file, object_pairs_hook=hook)
         if isinstance(content, dict):
             rows = [
                 (f"{file}: {image}", {"image": image, "caption": text}) for image, text in content.items()

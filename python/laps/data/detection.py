@@ -14,8 +14,8 @@ from .json_files import json_kind
 from .parsers import CAPTIONS_END, PAIR_SUFFIXES, is_name_list, pair_files
 from .regions import REGIONS_END
 from .shards import shard_files
-from .splits import SPLIT_NAMES, canonical_split, in_order, split_of_name, split_of_path
-from .tar_files import TAR_END
+from .splits import canonical_split, files_of_splits, grouped, in_order, split_of_name
+from .tar_files import TAR_END, is_compressed_tar
 
 __all__ = ["CONTAINERS", "Source", "detect"]
 
@@ -56,6 +56,14 @@ def detect(operation: str, path: Path) -> Source:
     """The format of `path`; LapsValueError, with what was seen, if it is none or several."""
     if path.is_dir():
         return _of_folder(operation, path)
+    if is_compressed_tar(path):
+        raise LapsValueError(
+            _check.message(
+                operation,
+                f"{path} is a compressed tar file, which has to be read from front to back",
+                f"a {TAR_END} file; or train on it by laps train --epoch-length (CaptionStream)",
+            )
+        )
     if "{" in str(path) and path.suffix == TAR_END and not path.exists():
         return _grouped("shards", path, shard_files(operation, path))
     if not path.is_file():
@@ -74,11 +82,8 @@ def detect(operation: str, path: Path) -> Source:
 
 
 def _grouped(kind: str, path: Path, files: Iterable[Path]) -> Source:
-    groups: dict[str, list[Path]] = {}
-    for file in files:
-        groups.setdefault(split_of_path(file), []).append(file)
-    every = tuple(file for group in groups.values() for file in group)
-    return Source(kind, path, every, {split: tuple(group) for split, group in groups.items()})
+    groups = grouped(files)
+    return Source(kind, path, tuple(file for group in groups.values() for file in group), groups)
 
 
 def _of_folder(operation: str, path: Path) -> Source:
@@ -98,6 +103,8 @@ def _of_folder(operation: str, path: Path) -> Source:
         names = sorted(entry.name for entry in path.iterdir())
         more = f", ... {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         seen = f"none of them in: {', '.join(names[:SHOWN])}{more}" if names else "none of them: it is empty"
+        if any(is_compressed_tar(path / name) for name in names):
+            seen += "; compressed tar files can only be streamed, and have to be named"
     raise LapsValueError(_check.message(operation, f"{path} does not tell which data to read", FOLDERS, seen))
 
 
@@ -170,25 +177,19 @@ def _saved(operation: str, path: Path) -> list[Source]:
 
 def _parquet(operation: str, path: Path) -> list[Source]:
     # img2dataset leaves the table of its downloads beside each shard.
-    files = [file for file in _files_of_splits(path, PARQUET_END) if not file.with_suffix(TAR_END).is_file()]
+    files = [file for file in files_of_splits(path, PARQUET_END) if not file.with_suffix(TAR_END).is_file()]
     return [_grouped("parquet", path, files)] if files else []
 
 
 def _shards(operation: str, path: Path) -> list[Source]:
-    files = _files_of_splits(path, TAR_END)
+    files = files_of_splits(path, TAR_END)
     return [_grouped("shards", path, files)] if files else []
-
-
-def _files_of_splits(path: Path, end: str) -> list[Path]:
-    """The files with this ending here, or else in folders that are called as splits."""
-    here = in_order(file for file in path.glob(f"*{end}") if file.is_file())
-    below = (file for file in path.glob(f"*/*{end}") if file.is_file() and split_of_name(file.parent.name))
-    return here or in_order(below)
 
 
 def _pairs(path: Path) -> list[Source]:
     files = pair_files(path)
-    if len(files) > 1 and all(file.stem in SPLIT_NAMES for file in files):
+    splits = {split_of_name(file.stem) for file in files}
+    if len(files) > 1 and None not in splits and len(splits) == len(files):
         return [Source("pairs", path, (path,))]
     return [Source("pairs", file, (file,)) for file in files]
 

@@ -16,6 +16,8 @@ and shards every row or sample is an image of its own.
 
 from __future__ import annotations
 
+import os
+from functools import cache
 from pathlib import Path
 
 from .. import _check
@@ -36,11 +38,12 @@ from .parsers import (
 from .records import RetrievalData
 from .regions import ARCHIVE_END, REGIONS_END, is_regions
 from .shards import parse_shards
-from .splits import DEV_NAMES
+from .splits import choose_split
 
 __all__ = ["load", "read_caption_files", "read_karpathy", "read_pairs"]
 
 KEEP = ("raise", "keep")
+ON_ERROR = ("raise", "skip")
 
 
 # ---- public readers
@@ -54,6 +57,7 @@ def load(
     regions: bool = False,
     on_missing: str = "raise",
     on_empty: str = "raise",
+    on_error: str = "raise",
 ) -> RetrievalData:
     """Read one split of a data set, whatever its format.
 
@@ -71,6 +75,8 @@ def load(
             of the images.
         on_empty: "raise" refuses an empty caption (nothing in it is visible), "keep" leaves that to the
             reader of the captions.
+        on_error: "raise" refuses what cannot be taken: a caption that is no text (half of a surrogate pair),
+            a malformed sample of a shard, a damaged shard. "skip" leaves it out, and warns once.
 
     Raises:
         LapsValueError: a missing file or folder (the message lists where it looked), an unknown split (lists
@@ -88,7 +94,7 @@ def load(
         ['a cat', 'a black cat']
     """
     source = detect("load", Path(path))
-    return _read("load", source, split, images, on_missing, on_empty, regions)
+    return _read("load", source, split, images, on_missing, on_empty, regions, on_error)
 
 
 def read_karpathy(
@@ -146,18 +152,21 @@ def _read(
     on_missing: str,
     on_empty: str,
     regions: bool = False,
+    on_error: str = "raise",
 ) -> RetrievalData:
+    _check.choice(operation, "on_error", on_error, ON_ERROR)
     _check.choice(operation, "on_missing", on_missing, KEEP)
     _check.choice(operation, "on_empty", on_empty, KEEP)
     _check.flag(operation, "regions", regions)
     folder = None if images is None else Path(images)
     found = listings(operation, source, split, regions=regions, images=folder)
-    if not any(listing.files for listing in found.values()):
+    if not any(listing.files or listing.faults for listing in found.values()):
         raise LapsValueError(_check.message(operation, f"{source.path} lists no image", "at least one"))
+    listing = found[choose_split(operation, source.path, split, list(found))]
+    listing.accept_faults(operation, on_error)
     # Caption files are one for each split, and containers have images of their own.
     if source.kind != "caption_files" and source.kind not in CONTAINERS:
-        _refuse_mixed(operation, found)
-    listing = found[_split_name(operation, source.path, split, list(found))]
+        _refuse_mixed(operation, found, folder)
     return listing.resolve(operation, folder, on_missing, on_empty)
 
 
@@ -193,7 +202,7 @@ def listings(
         if not path.is_dir():
             raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
         names = sorted(file.name.removesuffix(CAPTIONS_END) for file in path.glob(f"*{CAPTIONS_END}"))
-        wanted = names if split is None else [_split_name(operation, path, split, names)]
+        wanted = names if split is None else [choose_split(operation, path, split, names)]
         found = {name: _of_caption_files(operation, path, name, regions, images) for name in wanted}
     if regions:
         for listing in found.values():
@@ -218,7 +227,7 @@ def _of_containers(
         )
     chosen = None
     if split is not None and (source.kind == "shards" or len(groups) > 1):
-        chosen = _split_name(operation, source.path, split, list(groups))
+        chosen = choose_split(operation, source.path, split, list(groups))
     if source.kind == "shards":
         wanted = groups if chosen is None else [chosen]
         return {name: parse_shards(operation, groups[name], name) for name in wanted}
@@ -279,31 +288,26 @@ def _has_regions(operation: str, place: object) -> LapsValueError:
     )
 
 
-def _same_split(name: str, other: str) -> bool:
-    return name == other or {name, other} <= DEV_NAMES
+def _refuse_mixed(operation: str, found: dict[str, Listing], images: Path | None) -> None:
+    """A file that puts one image into two splits contradicts itself.
 
-
-def _split_name(operation: str, path: Path, split: str, present: list[str]) -> str:
-    matching = [name for name in present if name == split] or [
-        name for name in present if _same_split(name, split)
-    ]
-    if not matching:
-        raise LapsValueError(
-            _check.message(operation, f"{path} has no split {split!r}", f"one of {', '.join(present)}")
-        )
-    return matching[0]
-
-
-def _refuse_mixed(operation: str, found: dict[str, Listing]) -> None:
-    """A file that puts one image into two splits contradicts itself."""
+    An equal name is another image where each split has a folder of its own, as COCO's have.
+    """
     split_of: dict[str, str] = {}
+    folder_of = cache(lambda split: _folder(found[split], images))
     for split, listing in found.items():
         for file in listing.files:
-            if split_of.setdefault(file, split) != split:
+            first = split_of.setdefault(file, split)
+            if first != split and folder_of(first) == folder_of(split):
                 raise LapsValueError(
                     _check.message(
                         operation,
-                        f"{listing.name} is mixed up with {split_of[file]}: both have {file}",
+                        f"{listing.name} is mixed up with {first}: both have {file}",
                         "each image in one split",
                     )
                 )
+
+
+def _folder(listing: Listing, images: Path | None) -> str:
+    """Where the images of a split are; where none of them is, the likeliest place."""
+    return os.path.realpath(listing.folder(images) or images or next(iter(listing.image_folders), Path()))

@@ -94,6 +94,7 @@ def from_dataset(
     listing = Listing(f"dataset/{split}", "{}", [Path()])
     _Reader(operation, lambda _: listing).add(container, dataset, columns)
     keep_in_memory(container, rows)
+    listing.accept_faults(operation, "raise")
     return listing.resolve(operation, None, "keep", on_empty)
 
 

@@ -17,6 +17,9 @@ __all__ = ["json_kind", "parse_json"]
 
 # COCO's other annotations, of the same layout. None of them has captions.
 NO_CAPTIONS = ("instances_", "person_keypoints_", "stuff_", "panoptic_", "image_info_")
+CAPTIONS = "captions_"
+# What BLIP and LAVIS compare generated captions with: of COCO's layout, but its images have no name.
+GROUND_TRUTH = "_gt"
 # How much of a file is looked at to tell its kind: the files of COCO's objects have half a gigabyte.
 LOOKED_AT = 2**16
 # COCO's images lie in a folder for each release, which its files and images are called after.
@@ -25,18 +28,22 @@ RELEASE = re.compile(r"(?:train|val|test)20\d\d")
 
 def json_kind(file: Path) -> str | None:
     """ "coco" or "albef" where a file begins like these, else None. What cannot be read is neither."""
-    if file.name.startswith(NO_CAPTIONS):
+    if file.name.startswith(NO_CAPTIONS) or file.stem.endswith(GROUND_TRUTH):
         return None
     try:
         with file.open("rb") as stream:
             start = stream.read(LOOKED_AT).decode("utf-8-sig", errors="replace").lstrip()
+            stream.seek(max(stream.tell(), file.stat().st_size - LOOKED_AT))
+            end = stream.read(LOOKED_AT).decode("utf-8", errors="replace")
     except OSError:
         return None
     if start.startswith("[") and '"image"' in start and '"caption"' in start:
         return "albef"
-    # A file that lists its annotations first shows these.
-    of_coco = '"file_name"' in start or ('"annotations"' in start and '"caption"' in start)
-    return "coco" if start.startswith("{") and of_coco else None
+    # A file that lists its annotations first has its images last. One that is called as COCO's is to be read,
+    # so that what is wrong with it is said.
+    has_names = '"file_name"' in start or ('"annotations"' in start and '"file_name"' in end)
+    called_so = file.name.startswith(CAPTIONS) and ('"images"' in start or '"annotations"' in start)
+    return "coco" if start.startswith("{") and (has_names or called_so) else None
 
 
 def parse_json(operation: str, files: Sequence[Path]) -> dict[str, Listing]:
@@ -161,6 +168,7 @@ def _listing(file: Path, place: str) -> Listing:
 def _folders(file: Path, images: Sequence[str]) -> list[Path]:
     """Where the images may be: the files tend to lie in a folder beside these, as ``annotations/`` does."""
     releases = RELEASE.findall(file.stem) + RELEASE.findall(images[0] if images else "")
+    releases += [split for split in [split_of_name(file.stem)] if split]
     beside = file.parent
     folders = [
         folder / release

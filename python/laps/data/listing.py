@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from .regions import REGIONS_END
 
 # Where the common archives of photographs unpack to, beside the annotations.
 KNOWN_FOLDERS = {"f30k": "flickr30k-images", "flickr30k": "flickr30k-images", "coco": "coco-images"}
+
+# How many of the things left out a warning names.
+NAMED = 3
 
 # Unicode's categories of what leaves no mark on paper by itself, and the fillers that count as letters.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp", "Mn", "Me"}
@@ -39,6 +43,7 @@ class Listing:
         files: image i, relative to one of these folders, each once: "./a.jpg" and "a.jpg" are one image.
         captions, caption_to_image, lines: caption t, its image, and its line or entry (or all of its place).
         content: of the files, for messages: "image" or "region".
+        faults: what could not be taken, each with its place: a caption that is no text, a sample of a shard.
     """
 
     name: str
@@ -49,6 +54,7 @@ class Listing:
     caption_to_image: list[int] = field(default_factory=list)
     lines: list[int | str] = field(default_factory=list)
     content: str = "image"
+    faults: list[str] = field(default_factory=list)
     _index: dict[str, int] = field(default_factory=dict)
 
     def add_image(self, file: str) -> int:
@@ -65,6 +71,14 @@ class Listing:
         return len(self.files) - 1
 
     def add_caption(self, image: int, caption: str, line: int | str) -> None:
+        """Take a caption. Half of a surrogate pair, which JSON can hold and a text cannot, is a fault."""
+        try:
+            caption.encode()
+        except UnicodeEncodeError as error:
+            place = self.place.replace("{}", str(line))
+            got = f"{caption!r}: {error.reason}"
+            self.faults.append(_check.message(place, "the caption is no text", "valid Unicode", got))
+            return
         self.captions.append(caption.strip())
         self.caption_to_image.append(image)
         self.lines.append(line)
@@ -73,15 +87,20 @@ class Listing:
         """Where caption t stands, for messages."""
         return self.place.replace("{}", str(self.lines[caption]))
 
+    def folder(self, images: Path | None) -> Path | None:
+        """Where the image files are: `images`, or the first likely folder, if it holds any of them."""
+        folders = self.image_folders if images is None else [images]
+        there = (f for f in folders if f.is_dir() and any(_is_there(f / file) for file in self.files))
+        return next(there, None)
+
     def paths(self, operation: str, images: Path | None) -> list[Path]:
-        """The path of each image: in `images`, or in the first likely folder that holds any of them."""
+        """The path of each image in `folder`; LapsValueError if there is none."""
         folders = self.image_folders if images is None else [images]
         if images is not None and not images.is_dir():
             raise LapsValueError(_check.message(operation, f"images {images} is missing", "a folder"))
-        for folder in folders:
-            paths = [folder / file for file in self.files]
-            if folder.is_dir() and any(_is_there(path) for path in paths):
-                return paths
+        folder = self.folder(images)
+        if folder is not None:
+            return [folder / file for file in self.files]
         looked = ", ".join(str(folder) for folder in folders)
         otherwise = " (or a model of pixels for images)" if self.content == "region" else ""
         raise LapsValueError(
@@ -94,6 +113,16 @@ class Listing:
             if self.files
             else _check.message(operation, f"{self.name} lists no image", "at least one")
         )
+
+    def accept_faults(self, operation: str, on_error: str) -> None:
+        """Raise the first fault as LapsValueError, or, with "skip", warn of all of them once."""
+        if not self.faults:
+            return
+        if on_error == "raise":
+            more = f"; {len(self.faults) - 1} more" if len(self.faults) > 1 else ""
+            raise LapsValueError(f"{operation}: {self.faults[0]}{more}")
+        shown = "; ".join(self.faults[:NAMED]) + ("; ..." if len(self.faults) > NAMED else "")
+        warnings.warn(f"{operation}: {self.name}: left out {len(self.faults)}: {shown}", stacklevel=4)
 
     def resolve(self, operation: str, images: Path | None, on_missing: str, on_empty: str) -> RetrievalData:
         """The split as data. Raises LapsValueError for an empty caption or a missing file, if asked."""

@@ -7,6 +7,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
-from .splits import SPLIT_NAMES, canonical_split, split_of_name
+from .splits import canonical_split, folded_split, split_of_name
 
 CAPTIONS_END = "_caps.txt"
 PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -55,6 +56,16 @@ def json_of(operation: str, text: str, file: Path, line: int = 1, **options: Any
     # Nested too deep, or a number of thousands of digits.
     except (RecursionError, ValueError) as error:
         raise LapsValueError(_check.message(operation, f"{file} cannot be read", "JSON", error)) from error
+
+
+def unrepeated(operation: str, place: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's own reader would keep the last of two equal names."""
+    entries: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in entries:
+            raise LapsValueError(_check.message(operation, f"{place} names {name!r} twice", "once each"))
+        entries[name] = value
+    return entries
 
 
 def field_of(operation: str, place: str, entry: object, key: str, kind: type = str) -> Any:
@@ -107,7 +118,7 @@ def parse_caption_files(operation: str, folder: Path, split: str, *, regions: Pa
                 operation,
                 f"{ids_file} does not fit {captions_file.name}",
                 "one id per caption, or one id per image with equally many captions each",
-                f"{len(ids)} ids and {len(captions)} captions",
+                f"{len(ids)} ids and {_counted(captions)}",
             )
         )
     _refuse_repeated(operation, ids_file, ids, captions_file, len(captions))
@@ -154,7 +165,7 @@ def _parse_regions(operation: str, captions_file: Path, captions: list[str], reg
                 operation,
                 f"{regions} does not fit {captions_file.name}",
                 "equally many captions for each row",
-                f"{rows} rows and {len(captions)} captions",
+                f"{rows} rows and {_counted(captions)}",
             )
         )
     listing = Listing(
@@ -167,6 +178,12 @@ def _parse_regions(operation: str, captions_file: Path, captions: list[str], reg
             row = caption // each
         listing.add_caption(listing.add_image(f"{regions.name}/{row}"), text, caption + 1)
     return listing
+
+
+def _counted(captions: list[str]) -> str:
+    """How many there are, for messages: a blank line at the end of their file is easily overlooked."""
+    blank = " with the blank line at the end" if captions and not captions[-1].strip() else ""
+    return f"{len(captions)} captions{blank}"
 
 
 def _same_row(features: Any, one: int, other: int) -> bool:
@@ -266,9 +283,9 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
     for line, row in pair_rows(operation, file):
         place = f"{file}:{line}"
         if "split" in row:
-            split = field_of(operation, place, row, "split")
+            split = folded_split(field_of(operation, place, row, "split"))
         else:
-            split = file.stem if file.stem in SPLIT_NAMES else "all"
+            split = split_of_name(file.stem) or "all"
         if split in found and found[split].files:
             raise LapsValueError(
                 _check.message(operation, f"{place} continues {found[split].name}", "one file per split")
@@ -281,7 +298,7 @@ def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
         image = splits[split].add_image(field_of(operation, place, row, "image"))
         splits[split].add_caption(image, row["caption"], line)
     if not splits:
-        split = file.stem if file.stem in SPLIT_NAMES else "all"
+        split = split_of_name(file.stem) or "all"
         # Kept, so that a check sees it; a split that another file has is there already.
         found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}:{{}}", []))
     found.update(splits)
@@ -296,7 +313,8 @@ def pair_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]
 def _json_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for line, text in enumerate(text_of(operation, file).split("\n"), 1):
         if text.strip():
-            row = json_of(operation, text, file, line)
+            hook = partial(unrepeated, operation, f"{file}:{line}")
+            row = json_of(operation, text, file, line, object_pairs_hook=hook)
             if not isinstance(row, dict):
                 raise LapsValueError(
                     _check.message(operation, f"{file}:{line} is no object", "{...}", _check.name_of(row))

@@ -17,9 +17,9 @@ from .. import _check
 from ..errors import LapsTypeError, LapsValueError
 from .dataset import ON_ERROR, Batch, Example, ExampleMaker, Transform, shared
 from .images import decode_image
-from .shards import shard_files
+from .shards import holds, shard_files, shards_of_split
 from .tar_files import members_of
-from .tar_samples import Sample
+from .tar_samples import Sample, SampleNames
 from .tokenizer import CaptionTokenizer
 from .transforms import ImageTransform
 
@@ -58,10 +58,13 @@ class CaptionStream(IterableDataset[Example]):
     as losses want it. Both ids are digests of the sample's place among the shards, not indices.
 
     Args:
-        shards: a folder of ``*.tar``, a file, a name with braces (``shards/{00000..00009}.tar``), or a list.
+        shards: a folder of ``*.tar`` or of folders of them that are called as splits, a file, a name with
+            braces (``shards/{00000..00009}.tar``), or a list.
         tokenizer, transform: what makes ids of captions and pixels of images.
         epoch_length: how many examples an epoch has, over all ranks; each rank has an equal number, so a
             remainder is left out.
+        split: takes those shards alone whose name, or whose folder's, speaks of this split; shards of which
+            none names any are training data. None takes all, and refuses those of several splits.
         seed: any integer.
         shuffle_buffer: of how many examples one is drawn, in each worker; their files are kept in memory.
         rank, world_size: this process among those that train; None: as torch.distributed says, if it is
@@ -72,7 +75,8 @@ class CaptionStream(IterableDataset[Example]):
             the next shard.
 
     Raises:
-        LapsValueError, LapsTypeError: a wrong argument, a missing shard, a transform of regions.
+        LapsValueError, LapsTypeError: a wrong argument, a missing shard, shards of several splits or none of
+            the one that was asked for, a transform of regions.
             Iteration raises LapsValueError with the shard and its member; also where all that a worker has to
             read gives no example.
 
@@ -99,6 +103,7 @@ class CaptionStream(IterableDataset[Example]):
         transform: Transform,
         *,
         epoch_length: int,
+        split: str | None = None,
         seed: int = 0,
         shuffle_buffer: int = 1000,
         rank: int | None = None,
@@ -113,6 +118,7 @@ class CaptionStream(IterableDataset[Example]):
         self.shards = shard_files(OPERATION, shards)
         if not self.shards:
             raise LapsValueError(_check.message(OPERATION, "shards is empty", "at least one", 0))
+        self.shards = shards_of_split(OPERATION, self.shards, split)
         self.rank, self.world_size = _place(rank, world_size)
         self.epoch_length = _check.count(OPERATION, "epoch_length", epoch_length, self.world_size)
         self.seed = _check.count(OPERATION, "seed", seed, -(2**63))
@@ -168,6 +174,7 @@ class CaptionStream(IterableDataset[Example]):
                         OPERATION,
                         f"worker {worker} of rank {self.rank} finds no example in {_shown(self.shards)}",
                         "images with captions; fewer workers where shards are few and small",
+                        holds(self.shards[0]),
                     )
                 )
             turn += 1
@@ -193,9 +200,10 @@ class CaptionStream(IterableDataset[Example]):
         """The captions of some shards: of each (its number, which of how many equal parts)."""
         for number, part, parts in shards:
             count = 0
+            names = SampleNames()
             try:
                 for sample in self._samples(self.shards[number], worker):
-                    for pair in self._captions(number, sample, worker):
+                    for pair in self._captions(number, sample, names, worker):
                         if count % parts == part:
                             yield pair
                         count += 1
@@ -218,11 +226,12 @@ class CaptionStream(IterableDataset[Example]):
         if sample is not None:
             yield sample
 
-    def _captions(self, number: int, sample: Sample, worker: int) -> Iterator[_Pair]:
+    def _captions(self, number: int, sample: Sample, names: SampleNames, worker: int) -> Iterator[_Pair]:
+        if sample.image is not None:
+            names.add(sample.key)
         try:
-            _, captions = sample.captions(OPERATION)
+            _, captions = sample.captions(OPERATION, names)
             if sample.image is None:
-                # JSON alone, without captions, is about something else, such as the shard.
                 return
             if not captions:
                 raise LapsValueError(

@@ -12,13 +12,37 @@ from typing import IO
 from .. import _check
 from ..errors import LapsValueError
 
-__all__ = ["TAR_END", "Member", "TarIndex", "index_of", "known_index", "members_of", "read_image", "remember"]
+__all__ = [
+    "TAR_END",
+    "Member",
+    "TarIndex",
+    "compression_of",
+    "index_of",
+    "is_compressed_tar",
+    "known_index",
+    "members_of",
+    "read_image",
+    "remember",
+]
 
 TAR_END = ".tar"
+COMPRESSED_ENDS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+# What a file of each compression begins with.
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 TEXT_SUFFIXES = ("txt", "json")
 # The most bytes of a member. A header may claim any number, and a sparse file has it at no cost.
 MOST = {"image": 2**28, "text": 2**24}
+
+
+def is_compressed_tar(path: Path) -> bool:
+    """Whether the name is that of a compressed tar file."""
+    return path.name.lower().endswith(COMPRESSED_ENDS)
+
+
+def compression_of(start: bytes) -> str | None:
+    """What a file with these first bytes is compressed by, or None."""
+    return next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
 
 
 @dataclass(frozen=True)
@@ -98,7 +122,24 @@ def members_of(
         raise
     # Compression has errors of its own, and damaged headers raise almost any.
     except Exception as error:
+        compression = None if stream else _compression(file)
+        if compression is not None:
+            raise LapsValueError(
+                _check.message(
+                    operation,
+                    f"{file} is compressed by {compression}, and can only be streamed",
+                    "a tar file without compression, or laps train --epoch-length (CaptionStream)",
+                )
+            ) from error
         raise _damaged(operation, f"{file} cannot be read{last}", error) from error
+
+
+def _compression(file: Path) -> str | None:
+    try:
+        with file.open("rb") as stream:
+            return compression_of(stream.read(8))
+    except OSError:
+        return None
 
 
 def _damaged(operation: str, what: str, error: Exception) -> LapsValueError:

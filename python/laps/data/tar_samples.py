@@ -6,6 +6,7 @@ KEY.json, of which ``"caption"`` counts. So webdataset, img2dataset and CLIP_ben
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .. import _check
@@ -13,7 +14,7 @@ from ..errors import LapsValueError
 from .parsers import json_of
 from .tar_files import Member
 
-__all__ = ["Sample"]
+__all__ = ["Sample", "SampleNames"]
 
 
 class Sample:
@@ -43,13 +44,18 @@ class Sample:
             self.image = member.name
             self.content = member.read() if with_content else None
 
-    def captions(self, operation: str) -> tuple[str, list[str]]:
+    def captions(self, operation: str, names: SampleNames) -> tuple[str, list[str]]:
         """Where the captions stand, and them; of KEY.txt and KEY.json the former, as img2dataset repeats it.
+
+        None where there is no image, and the texts are about something else, such as the shard.
 
         Raises:
             LapsValueError: a text that is not UTF-8, malformed JSON, a caption of another type, two images or
-                captions without one; with the member's path.
+                captions that have lost theirs; with the member's path.
         """
+        if self.image is None:
+            self._refuse_lost(operation, names)
+            return f"{self.file}/{self.key}", []
         if self._second is not None:
             raise LapsValueError(
                 _check.message(
@@ -69,11 +75,52 @@ class Sample:
         elif "json" in self._texts:
             place, content = self._texts["json"]
             captions = _of_json(operation, place, _decoded(operation, place, content))
-        if captions and self.image is None:
-            raise LapsValueError(
-                _check.message(operation, f"{place} has no image beside it", f"{self.key}.jpg, .png or .webp")
-            )
         return place, captions
+
+    def _refuse_lost(self, operation: str, names: SampleNames) -> None:
+        """Raise for captions without their image, if they are called as the samples of the file are."""
+        if self.key not in names:
+            return
+        if "txt" in self._texts:
+            place = self._texts["txt"][0]
+        elif "json" in self._texts and _has_captions(self._texts["json"][1]):
+            place = self._texts["json"][0]
+        else:
+            return
+        raise LapsValueError(
+            _check.message(operation, f"{place} has no image beside it", f"{self.key}.jpg, .png or .webp")
+        )
+
+
+class SampleNames:
+    """How a tar file calls its samples: tells captions that have lost their image from a README.
+
+    Writers of shards number their samples. A key without a digit is a sample's where one with an image has
+    none either.
+    """
+
+    def __init__(self) -> None:
+        self._numbered = True
+
+    def add(self, key: str) -> None:
+        """Learn from the key of a sample that has an image."""
+        self._numbered = self._numbered and _has_digit(key)
+
+    def __contains__(self, key: str) -> bool:
+        return not self._numbered or _has_digit(key)
+
+
+def _has_digit(key: str) -> bool:
+    return any(map(str.isdigit, key.rpartition("/")[2]))
+
+
+def _has_captions(content: bytes) -> bool:
+    """Whether JSON that stands alone has captions; malformed, it is about something else too."""
+    try:
+        entry = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entry, dict) and bool(entry.get("caption"))
 
 
 def _decoded(operation: str, place: str, content: bytes) -> str:

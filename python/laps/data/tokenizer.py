@@ -165,9 +165,11 @@ class CaptionTokenizer:
         ``tokenizer_config.json``, where there is one, says `max_length` and if ``vocab.txt`` is lowercase.
 
         Raises:
-            LapsValueError: neither file is there, or the hub cannot be reached and has nothing cached.
+            LapsValueError: neither file is there, `name` is a path and no folder (of which the hub is not
+                asked), or the hub cannot be reached and has nothing cached.
         """
         operation = "CaptionTokenizer.from_pretrained"
+        _refuse_paths(operation, name)
         config_file, config_error = _find(operation, name, "tokenizer_config.json")
         config = _settings(operation, config_file) if config_file else {}
         limit = config.get("model_max_length")
@@ -387,6 +389,21 @@ def _settings(operation: str, file: Path) -> dict[str, Any]:
             _check.message(operation, f"{file} has no settings", "{name: value}", _check.name_of(settings))
         )
     return settings
+
+
+def _refuse_paths(operation: str, name: str | Path) -> None:
+    """Refuse what is meant as a path and leads to no folder: the hub would be asked for it, repeatedly."""
+    text, path = str(name), Path(name)
+    if path.is_dir():
+        return
+    if path.exists():
+        expected = "a folder or a hub model id; from_file and from_vocab read files"
+        raise LapsValueError(_check.message(operation, f"{text} is no folder", expected))
+    of_file = path.suffix in (".txt", ".json")
+    if of_file or path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1:
+        raise LapsValueError(
+            _check.message(operation, f"{text} does not exist", "a local folder or a hub model id")
+        )
 
 
 def _find(operation: str, name: str | Path, file: str) -> tuple[Path | None, Exception | None]:

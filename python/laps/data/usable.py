@@ -82,7 +82,7 @@ def usable(
     )
     if not images or not captions:
         raise LapsValueError(counts)
-    warnings.warn(counts, stacklevel=3)
+    warnings.warn(_check.printable(counts), stacklevel=3)
     new_index = np.cumsum([i not in bad_images for i in range(data.num_images)]) - 1
     return RetrievalData(
         [data.image_paths[i] for i in images],
