@@ -139,6 +139,7 @@ def test_train_stops_at_a_signal_with_a_checkpoint_and_resumes_where_it_was(
 
     assert process.returncode == 128 + signal.SIGTERM
     assert error.startswith("laps: Trainer: SIGTERM after step ")
+    assert "; --resume goes on from there" in error
     assert error.count("\n") == 1
     step = json.loads((out / "last" / "state.json").read_text())["progress"]["step"]
     assert f"after step {step};" in error

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from _models import TESTS
+from _models import ENVIRONMENT, TESTS
 from _ranks import cases
 from _step_cases import assert_same, gradients, joint_batch, model_with
 from _torchrun import torchrun
@@ -62,3 +65,12 @@ def test_without_a_process_group_there_is_one_rank() -> None:
     assert ranks.largest(3, torch.device("cpu")) == 3
     assert ranks.together(lambda: 4) == 4
     ranks.wait()
+
+
+def test_an_error_of_all_ranks_is_printed_once(tmp_path: Path) -> None:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*start, "-m", "laps.cli", "train", "/nowhere", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if line.startswith("laps: ")]
+    assert told == ["laps: load: /nowhere is missing (expected a file or a folder)"]
