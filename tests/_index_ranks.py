@@ -11,12 +11,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from _models import at_batch
 from laps import LAPS, Index, LapsError
 from laps.distributed import Ranks
 
@@ -41,32 +41,20 @@ def main(out: Path, saved: Path, photos: Path, damaged: Path) -> None:
     found["damaged"] = outcome("damaged", damaged, on_error="raise")
     found["skipped"] = outcome("damaged", damaged)
     if ranks.rank == 1:
-        after(model, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_batch(model, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     found["stopped"] = outcome("stopped", photos)
     found["resumed"] = outcome("stopped", photos)
     # Rank 0 has done its one image and waits for rank 1, which has two, slowly.
     if ranks.rank == 0:
-        after(model, 1, lambda: tell_later(os.getpid()))
+        at_batch(model, 1, lambda: tell_later(os.getpid()))
     else:
-        after(model, 2, lambda: time.sleep(3))
+        at_batch(model, 2, lambda: time.sleep(3))
     found["waiting"] = outcome("waiting", sorted(photos.iterdir())[:3], batch_size=1)
     if ranks.rank == 1:
-        after(model, 2, fail)
+        at_batch(model, 2, fail)
     found["broken"] = outcome("broken", photos)
     (out / f"{ranks.rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-def after(model: LAPS, batches: int, act: Callable[[], object]) -> None:
-    """As the n-th batch from now on is encoded."""
-    left = [batches]
-
-    def count(*_: object) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            act()
-
-    model.image_encoder.register_forward_pre_hook(count)
 
 
 def tell_later(process: int) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
 import pytest
-from _models import tiny_laps
+from _models import at_batch, tiny_laps
 from laps import Index, LapsError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,23 +29,12 @@ def index(tmp_path: Path) -> Index:
     return Index.create(tmp_path / "index", tiny_laps())
 
 
-def at_batch(index: Index, batch: int, act: Callable[[], object]) -> None:
-    left = [batch]
-
-    def count(*_: object) -> None:
-        left[0] -= 1
-        if left[0] == 0:
-            act()
-
-    index.model.image_encoder.register_forward_pre_hook(count)
-
-
 def fail() -> None:
     raise RuntimeError("CUDA out of memory")
 
 
 def test_an_error_of_the_encoder_leaves_what_was_encoded_before(index: Index, photos: Path) -> None:
-    at_batch(index, 3, fail)
+    at_batch(index.model, 3, fail)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         index.add(photos, batch_size=2, progress=False)
     assert len(Index.open(index.folder)) == 4
@@ -58,7 +46,7 @@ def test_a_killed_loader_process_is_named_and_what_was_encoded_is_kept(index: In
         for child in multiprocessing.active_children():
             os.kill(child.pid or 0, signal.SIGKILL)
 
-    at_batch(index, 2, kill)
+    at_batch(index.model, 2, kill)
     with pytest.raises(LapsError, match=r"a process that loads images was killed .*num_workers"):
         # More batches than a worker has ready ahead of the encoder.
         index.add(photos, batch_size=1, num_workers=1, progress=False)
