@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,3 +196,15 @@ def scenes(folder: Path, *, train: int = 24, dev: int = 8) -> tuple[RetrievalDat
         progress=False,
     )
     return load(folder, "train"), load(folder, "dev")
+
+
+def at_batch(model: laps.LAPS, batch: int, act: Callable[[], object]) -> None:
+    """Act as the n-th batch of images from now on is encoded."""
+    left = [batch]
+
+    def count(*_: object) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            act()
+
+    model.image_encoder.register_forward_pre_hook(count)

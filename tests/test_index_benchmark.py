@@ -39,5 +39,7 @@ def test_a_small_run_has_recall_1_with_all_candidates(
     assert found["images"] == 30
     assert set(found["candidates"]) == {"5", "30"}
     assert found["candidates"]["30"]["recall"] >= 0.95
+    assert found["graph_candidates"]["30"]["recall"] >= 0.95
+    assert found["graph"]["bytes_per_image"] > 0
     assert found["storage"]["int8"]["bytes_per_image"] < found["storage"]["float32"]["bytes_per_image"]
     assert found["storage"]["float16"]["largest_difference"] < 1e-3

@@ -13,6 +13,8 @@ import PIL.Image
 import pytest
 from _models import ENVIRONMENT, tiny_laps
 from laps.cli import main
+from laps.index.hits import Hit, HitLists, Hits
+from laps.index.page import page
 from laps.index.terminal import picture_lines
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,6 +121,23 @@ def test_a_folder_without_images_leaves_no_index(
     assert not (tmp_path / "index").exists()
 
 
+def test_a_folder_of_unreadable_images_is_an_error_though_the_index_stays(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_text("no image")
+    command = ["encode", photos, "-o", tmp_path / "index", "--model", model, *QUICK]
+    with pytest.warns(UserWarning, match=r"a\.jpg"):
+        assert run(*command) == 2
+    answer = capsys.readouterr()
+    assert "0 added, 0 updated, 0 unchanged, 0 deleted, 1 skipped: 0 images" in answer.out
+    assert f"laps: laps encode: {tmp_path / 'index'} is empty" in answer.err
+    PIL.Image.new("RGB", (40, 40)).save(photos / "b.jpg")
+    with pytest.warns(UserWarning, match=r"a\.jpg"):
+        assert run(*command) == 0
+
+
 def test_check_has_status_1_for_damage_and_repairs_it(
     index: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,7 +148,9 @@ def test_check_has_status_1_for_damage_and_repairs_it(
         file.write(b"damage" * 10)
     capsys.readouterr()
     assert run("index", "check", index, "--repair", "--quiet") == 1
-    assert shard.name in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert shard.name in out
+    assert "left out, and laps encode adds them again" in out
     assert run("index", "check", index, "--quiet") == 0
 
 
@@ -138,6 +159,7 @@ def test_check_has_status_1_for_damage_and_repairs_it(
     [
         (["encode", "{photos}", "-o", "{new}"], "is no index yet (expected --model, to make one)"),
         (["encode", "{photos}/no", "-o", "{new}", "--model", "{model}"], "is missing"),
+        (["encode", "{photos}/red & <co>.png", "-o", "{new}", "--model", "{model}"], "is a file"),
         (["encode", "{photos}", "-o", "{index}", "--storage", "int8"], "has another --storage"),
         (["search", "{index}"], "nothing to search for"),
         (["search", "{new}", "a circle"], "holds no index"),
@@ -162,6 +184,20 @@ def test_errors_are_one_line_with_status_2(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_hits_show_their_queries_once_escaped_and_with_pictures(photos: Path) -> None:
+    path = photos / "red & <co>.png"
+    lists = HitLists([Hits("a \x1b[1m <b>", [Hit(1, 0.5, 0.25, path)]), Hits(path, [Hit(1, 1.0, 1.0, path)])])
+    assert repr(lists[0]).splitlines()[0] == r'"a \x1b[1m <b>"'
+    assert repr(lists) == f"{lists[0]!r}\n\n{lists[1]!r}"
+    html = lists._repr_html_()
+    # Two hits, and the image that is the second query.
+    assert html.count("<img") == 3
+    assert html.index("the image that was searched with") < html.index("Like ")
+    assert html in page(lists)
+    assert "<b>" not in html.replace("<b>1</b>", "")
+    assert "<span>score 0.500,</span> <span>global 0.250</span>" in html
 
 
 def test_thumbnails_are_half_blocks_in_colour(photos: Path) -> None:

@@ -81,6 +81,23 @@ def test_a_signal_to_one_rank_stops_both_and_the_same_call_goes_on(
     )
 
 
+def test_a_signal_to_a_rank_that_waits_for_the_others_stops_all_and_loses_nothing(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for told in ranks:
+        assert told["waiting"]["signal"] == 15
+        assert "SIGTERM after 1 of 1 images" in told["waiting"]["failed"]
+        assert told["waiting"]["images"] == 3
+
+
+def test_what_the_encoder_raises_on_one_rank_ends_both_and_loses_nothing(ranks: list[dict[str, Any]]) -> None:
+    assert ranks[1]["broken"]["failed"] == "out of memory"
+    assert "rank 1 failed" in ranks[0]["broken"]["failed"]
+    assert "RuntimeError: out of memory" in ranks[0]["broken"]["failed"]
+    # The first round's shards, and rank 0's of the second.
+    assert ranks[0]["broken"]["images"] == ranks[1]["broken"]["images"] == 6
+
+
 def test_the_command_encodes_in_two_ranks_and_tells_once(folder: Path) -> None:
     place = folder / "command"
     command = ["-m", "laps.cli", "encode", folder / "photos", "-o", place, "--device", "cpu"]

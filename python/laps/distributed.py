@@ -32,7 +32,7 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train one model.
+    """This process among those that train, evaluate or index together.
 
     Attributes:
         rank: of this process, in 0..size-1.

@@ -20,6 +20,8 @@ __all__ = ["add_encode", "add_index", "add_search"]
 
 
 def add_encode(parser: argparse.ArgumentParser) -> None:
+    from ..index import STORAGES
+
     parser.add_argument("images", type=Path, metavar="DIR", help="folder of images, with all below it")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="INDEX", help="the index's folder")
     parser.add_argument(
@@ -27,7 +29,7 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--storage",
-        choices=("float16", "int8", "float32"),
+        choices=STORAGES,
         help="what features are kept in, of a new index (default: float16)",
     )
     parser.add_argument("--prune", action="store_true", help="also delete images of DIR that are gone")
@@ -58,9 +60,11 @@ def _encode_on(ranks: Ranks, options: argparse.Namespace) -> int:
     from ..model import LAPS
 
     device = choose_device("laps encode", options.device)
-    given = None if options.model is None else LAPS.from_pretrained(options.model).to(device)
+    given: LAPS | None = None
+    if options.model is not None:
+        given = ranks.together(lambda: LAPS.from_pretrained(options.model).to(device))
     ranks.on_main(lambda: _create_if_new(options, given))
-    index = Index.open(options.out, model=given, device=str(device))
+    index = ranks.together(lambda: Index.open(options.out, model=given, device=str(device)))
     if options.storage not in (None, index.storage):
         expected = f"{index.storage}, or a new index"
         raise LapsValueError(
@@ -78,6 +82,10 @@ def _encode_on(ranks: Ranks, options: argparse.Namespace) -> int:
     )
     if ranks.main:
         print(f"{done}: {len(index)} images, {index.nbytes / 1e6:.1f} MB in {options.out}")
+    if not len(index):
+        raise LapsValueError(
+            _check.message("laps encode", f"{options.out} is empty", f"images in {options.images}", str(done))
+        )
     return 0
 
 
@@ -100,6 +108,8 @@ def _create_if_new(options: argparse.Namespace, model: LAPS | None) -> None:
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
+    from ..index import CANDIDATES
+
     parser.add_argument("index", type=Path, metavar="INDEX", help="a folder that laps encode has made")
     parser.add_argument("query", nargs="*", help="a sentence, in quotes; or several")
     parser.add_argument(
@@ -109,9 +119,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates",
         type=int,
-        default=500,
+        default=CANDIDATES,
         metavar="N",
-        help="images that the model's head scores (default: 500)",
+        help=f"images that the model's head scores (default: {CANDIDATES})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the images")

@@ -4,10 +4,20 @@
 """
 
 from .checking import Checked
-from .encode import IndexingStoppedError
-from .hits import Hit, Hits
+from .hits import Hit, HitLists, Hits
 from .index import CANDIDATES, Index
 from .records import STORAGES
+from .stopping import IndexingStoppedError
 from .writing import Added
 
-__all__ = ["CANDIDATES", "STORAGES", "Added", "Checked", "Hit", "Hits", "Index", "IndexingStoppedError"]
+__all__ = [
+    "CANDIDATES",
+    "STORAGES",
+    "Added",
+    "Checked",
+    "Hit",
+    "HitLists",
+    "Hits",
+    "Index",
+    "IndexingStoppedError",
+]

@@ -1,4 +1,4 @@
-"""Reads everything of an index, and tells what is damaged."""
+"""Reads everything of an index, tells what is damaged, and leaves that out if it is told to."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from .. import _check
 from ..errors import LapsError
-from ..model import LAPS
 from . import manifest
-from .fingerprint import fingerprint
-from .graph import load_graph
-from .manifest import MODEL, SHARDS, Manifest
-from .shards import Shard, ShardEntry
-from .snapshot import Snapshot
+from .graph import DamagedGraphError, load_graph, remove_graph
+from .manifest import SHARDS, Manifest
+from .model_copy import copy_damage
+from .shards import Shard, ShardEntry, UnreadableShardError
+from .snapshot import ATTEMPTS, Snapshot
 
 __all__ = ["Checked", "check"]
 
@@ -29,79 +29,124 @@ class Checked:
         images: that count.
         shards: files of features.
         problems: a sentence for each damage, with the file's name.
-        lost: images whose features are damaged.
+        lost: images whose features are damaged, or cannot be read.
+        repaired: whether these, and a damaged graph, were left out.
     """
 
     images: int
     shards: int
     problems: tuple[str, ...]
     lost: int
+    repaired: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged."""
+        """Whether nothing was damaged."""
         return not self.problems
 
     def __str__(self) -> str:
-        summary = f"{self.images} images in {self.shards} shards: "
-        return "\n".join([*self.problems, summary + ("all is whole" if self.ok else f"{self.lost} lost")])
+        found = "all is whole" if self.ok else f"{self.lost} lost"
+        if self.repaired and self.lost:
+            found += "; they were left out, and laps encode adds them again"
+        return "\n".join([*self.problems, f"{self.images} images in {self.shards} shards: {found}"])
 
 
-def check(folder: Path, *, progress: bool = True) -> tuple[Checked, Manifest]:
-    """What is damaged, and the manifest without that; nothing is changed.
+@dataclass(frozen=True)
+class _Damage:
+    """Of a shard: what is wrong with it as a whole, or with some rows."""
+
+    whole: str | None = None
+    rows: tuple[tuple[int, str], ...] = ()
+
+
+def check(folder: Path, *, repair: bool = False, progress: bool = True) -> Checked:
+    """What is damaged.
+
+    Args:
+        folder: of the index.
+        repair: leave damaged images out, and remove a damaged graph; the caller holds the folder's lock then.
+        progress: show a progress bar.
 
     Raises:
-        LapsError: no index there, or a damaged manifest.
+        LapsError: no index there, or a damaged manifest; to repair, a shard that the system refuses to read.
     """
-    state = manifest.read(folder)
+    state, found = _read_all(folder, repair, progress)
     problems, kept, lost = [], [], 0
-    bar = tqdm(state.shards, desc="check shards", unit="shard", disable=None if progress else True)
-    for entry in bar:
-        live = entry.images - len(entry.deleted)
-        whole, said = _checked(folder, entry)
-        problems += said
-        if whole is not None:
-            kept.append(whole)
-            live -= len(whole.deleted) - len(entry.deleted)
-            lost += len(whole.deleted) - len(entry.deleted)
-        else:
+    for entry in state.shards:
+        damage, live = found[entry.file], entry.images - len(entry.deleted)
+        if damage.whole is not None:
+            problems.append(damage.whole)
             lost += live
-    problems += _derived(folder, state)
+            continue
+        broken = {row: said for row, said in damage.rows if row not in entry.deleted}
+        problems += broken.values()
+        lost += len(broken)
+        if len(broken) < live:
+            kept.append(replace(entry, deleted=tuple(sorted({*entry.deleted, *broken}))))
+    if repair and tuple(kept) != state.shards:
+        after = manifest.commit(folder, state, shards=tuple(kept))
+        manifest.remove_orphans(folder, after)
+    problems += _derived(folder, state, repair)
     images = sum(entry.images - len(entry.deleted) for entry in state.shards)
-    remaining = tuple(entry for entry in kept if len(entry.deleted) < entry.images)
-    return (
-        Checked(images, len(state.shards), tuple(problems), lost),
-        replace(state, shards=remaining),
-    )
+    return Checked(images, len(state.shards), tuple(problems), lost, repair)
 
 
-def _checked(folder: Path, entry: ShardEntry) -> tuple[ShardEntry | None, list[str]]:
-    """A shard without its damaged rows, None for one that is lost as a whole; and what is to be said."""
+def _read_all(folder: Path, repair: bool, progress: bool) -> tuple[Manifest, dict[str, _Damage]]:
+    """A state of the index, and what is wrong with each of its shards, by file name."""
+    found: dict[str, _Damage] = {}
+    for attempt in range(ATTEMPTS):
+        state = manifest.read(folder)
+        for entry in tqdm(state.shards, "check shards", unit="shard", disable=None if progress else True):
+            # Shards never change: what was read for an earlier state counts.
+            if entry.file in found:
+                continue
+            try:
+                found[entry.file] = _damage(folder, entry, repair)
+            except FileNotFoundError as error:
+                # A writer may have compacted it away meanwhile.
+                newer = manifest.read(folder).generation != state.generation
+                if newer and attempt < ATTEMPTS - 1:
+                    break
+                what = f"{error.filename} is missing"
+                found[entry.file] = _Damage(_check.message("Index", what, "every shard of index.json"))
+        else:
+            return state, found
+    raise AssertionError("unreachable")
+
+
+def _damage(folder: Path, entry: ShardEntry, repair: bool) -> _Damage:
+    """What is wrong with a shard. Raises FileNotFoundError, and to repair UnreadableShardError."""
+    rows = []
     try:
         shard = Shard(folder / SHARDS / entry.file, entry)
         shard.embeddings()
-    except (LapsError, OSError) as error:
-        return None, [str(error)]
-    problems, broken = [], []
-    record = np.empty(shard.record_bytes, np.uint8)
-    for row in range(len(shard)):
-        try:
-            shard.read_record(row, record)
-        except LapsError as error:
-            if row not in entry.deleted:
-                broken.append(row)
-                problems.append(str(error))
-    return replace(entry, deleted=tuple(sorted({*entry.deleted, *broken}))), problems
-
-
-def _derived(folder: Path, state: Manifest) -> Iterator[str]:
-    """Damage of the model and of the graph."""
-    try:
-        if fingerprint(LAPS.from_pretrained(folder / MODEL)) != state.model:
-            yield f"Index: {folder / MODEL} is not the model that the index was made with"
+        record = np.empty(shard.record_bytes, np.uint8)
+        for row in range(len(shard)):
+            try:
+                shard.read_record(row, record)
+            except UnreadableShardError:
+                raise
+            except LapsError as error:
+                rows.append((row, str(error)))
+    except UnreadableShardError as error:
+        if repair:
+            raise UnreadableShardError(
+                f"{error}; nothing was repaired, for it may be whole: if it is lost, remove that file first"
+            ) from error
+        return _Damage(str(error))
     except LapsError as error:
-        yield str(error)
+        return _Damage(str(error))
+    return _Damage(rows=tuple(rows))
+
+
+def _derived(folder: Path, state: Manifest, repair: bool) -> Iterator[str]:
+    """Damage of the model and of the graph."""
+    model = copy_damage(folder, state.model)
+    if model is not None:
+        yield model
     try:
         load_graph(folder, Snapshot(folder, replace(state, shards=())))
-    except LapsError as error:
+    except DamagedGraphError as error:
+        if repair:
+            remove_graph(folder)
         yield str(error)

@@ -1,6 +1,6 @@
 """A checksum at the speed of memory: whatever is read of an index is held to one before it is used.
 
-``zlib.crc32`` alone takes as long as scoring (0.3 ms for the 215 kB of an image of a ViT-B/16). Here the data
+``zlib.crc32`` alone takes as long as scoring (0.3 ms for the 220 kB of an image of a ViT-B/16). Here the data
 is a table of rows of 64 words of 8 bytes; the sums of its columns and of its rows, modulo 2^64, are what the
 CRC is taken of. A change within one word or within one row alters the sums of columns, rows that changed
 places those of rows; to hide, damage has to cancel in both directions, in four words at least.

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,28 +26,13 @@ from ..model import LAPS
 from .listing import ListedImage
 from .records import RecordLayout
 from .shards import ImageEntry, ShardContent
+from .stopping import IndexingStoppedError
 
-__all__ = ["EncodeOptions", "IndexingStoppedError", "encode"]
+__all__ = ["EncodeOptions", "Encoded", "encode"]
 
 # A shard is written when it has so many bytes, or when so many seconds' work would be lost without it.
 SHARD_BYTES = 256 * 2**20
 SHARD_SECONDS = 60.0
-
-
-class IndexingStoppedError(LapsError):
-    """A signal ended the work early; what was encoded until then is in the index.
-
-    Attributes:
-        signal_number: the signal.
-    """
-
-    def __init__(self, message: str, signal_number: int) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
-
-    def __reduce__(self) -> tuple[type[IndexingStoppedError], tuple[str, int]]:
-        # It travels to the other ranks.
-        return type(self), (str(self), self.signal_number)
 
 
 @dataclass(frozen=True)
@@ -68,26 +50,35 @@ class EncodeOptions:
     shard_seconds: float = SHARD_SECONDS
 
 
+class Encoded(NamedTuple):
+    """A shard's content, if there is any, and what ended the work, if it did not come to its end."""
+
+    layout: RecordLayout | None
+    content: ShardContent | None
+    failed: Exception | None
+
+
 def encode(
     model: LAPS,
     images: Sequence[tuple[ListedImage, ImageEntry]],
     layout: RecordLayout | None,
     options: EncodeOptions,
-) -> Iterator[tuple[RecordLayout, ShardContent]]:
+    stopped: Sequence[int],
+) -> Generator[Encoded, None, None]:
     """Encode images in their order, and yield a shard's content whenever there is enough for one.
 
-    Whatever ends the work, what was encoded before comes out first.
+    Whatever exception ends the work, what was encoded before comes out first, and the exception with it.
 
     Args:
         model: in eval mode while this runs.
         images: files, each with what the shard says of it.
         layout: of the index's records; None for that of the first features.
         options: how.
+        stopped: of :func:`laps.index.stopping.stop_signals`; a number in it ends the work after the batch.
 
-    Raises:
-        LapsValueError: with ``on_error="raise"``, naming it: an image that cannot be read, or whose features
-            are not finite in what they are stored as. Features that do not fit the layout.
-        IndexingStoppedError: SIGINT or SIGTERM came, in the main thread of the process.
+    What may end it: with ``on_error="raise"`` a LapsValueError that names an image that cannot be read, or
+    whose features are not finite in what they are stored as; features that do not fit the layout; an
+    IndexingStoppedError; what the encoder raises.
     """
     dataset = ImageDataset(
         [Path(file.path) for file, _ in images], model.transform, on_error=options.on_error
@@ -102,15 +93,14 @@ def encode(
         generator=torch.Generator(),
     )
     parts: list[_Part] = []
-    held, since, failed = 0, time.monotonic(), None
+    held, since, seen = 0, time.monotonic(), 0
+    failed: Exception | None = None
     with contextlib.ExitStack() as stack:
         stack.enter_context(eval_mode(model))
-        stopped = stack.enter_context(_stop_signals())
         bar = stack.enter_context(_bar(len(images), options))
-        batches = start_workers(loader)
-        stack.callback(end_workers, batches)
-        seen = 0
         try:
+            batches = start_workers(loader)
+            stack.callback(end_workers, batches)
             for indices, pixels in batches_of(batches):
                 if len(indices):
                     with (
@@ -126,25 +116,28 @@ def encode(
                     held += parts[-1].nbytes
                 seen = min(seen + options.batch_size, len(images))
                 bar.update(seen - bar.n)
-                late = time.monotonic() - since > options.shard_seconds
-                if layout is not None and parts and (held >= options.shard_bytes or late):
-                    yield layout, _joined(parts)
-                    parts, held, since = [], 0, time.monotonic()
                 if stopped:
                     break
-        except LapsError as error:
-            failed = error
-        if layout is not None and any(len(part.images) for part in parts):
-            yield layout, _joined(parts)
-    if failed is not None:
-        raise failed
-    if stopped:
-        name = signal.Signals(stopped[0]).name
-        raise IndexingStoppedError(
-            f"Index.add: {name} after {seen} of {len(images)} images; what is done is kept, and the same "
-            "call goes on from there",
-            stopped[0],
-        )
+                late = time.monotonic() - since > options.shard_seconds
+                if parts and (held >= options.shard_bytes or late):
+                    yield Encoded(layout, _joined(parts), None)
+                    parts, held, since = [], 0, time.monotonic()
+        except Exception as error:
+            failed = _lost_worker(error) or error
+    if stopped and failed is None:
+        failed = IndexingStoppedError.after(stopped[0], seen, len(images))
+    if any(len(part.images) for part in parts):
+        yield Encoded(layout, _joined(parts), failed)
+    elif failed is not None:
+        yield Encoded(None, None, failed)
+
+
+def _lost_worker(error: Exception) -> LapsError | None:
+    """What to say of a loader's process that was killed, by the system for want of memory as a rule."""
+    if not (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):
+        return None
+    what = "a process that loads images was killed"
+    return LapsError(_check.message("Index.add", what, "memory enough for num_workers", str(error)))
 
 
 @dataclass(frozen=True)
@@ -189,31 +182,6 @@ def _joined(parts: list[_Part]) -> ShardContent:
         embedding=np.concatenate([part.embedding.numpy() for part in parts]),
         records=np.concatenate([part.records.numpy() for part in parts]),
     )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that SIGINT and SIGTERM, instead of what else they do, put their number into.
-
-    A second signal of a kind has its usual effect: whoever cannot wait for the batch need not.
-    """
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
-        return
-    before: dict[int, Any] = {}
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        signal.signal(number, before[number])
-
-    for each in (signal.SIGTERM, signal.SIGINT):
-        before[each] = signal.signal(each, stop)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _bar(total: int, options: EncodeOptions) -> tqdm[Any]:

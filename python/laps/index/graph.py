@@ -1,7 +1,8 @@
 """The approximate search over global vectors: a graph (HNSW) by usearch, for indexes of many images.
 
-It is derived: whatever happens to it, the exact product of all vectors answers instead, only later. A graph
-covers some shards; images that came later are compared exactly, and those that were deleted are left out.
+It is derived, and may be removed: the exact product of all vectors answers instead, only later. A damaged one
+is an error, and the next writer builds it anew. A graph covers some shards; images that came later are
+compared exactly, and those that were deleted are left out.
 """
 
 from __future__ import annotations
@@ -23,9 +24,21 @@ from .. import _check
 from .._files import atomic_path, write_atomically
 from ..errors import LapsError
 from .checksum import checksum
+from .manifest import json_checksum
 from .snapshot import Snapshot
 
-__all__ = ["EXACT_BELOW", "Graph", "best", "build_graph", "is_installed", "is_late", "load_graph"]
+__all__ = [
+    "EXACT_BELOW",
+    "FILE",
+    "DamagedGraphError",
+    "Graph",
+    "best",
+    "build_graph",
+    "is_installed",
+    "is_late",
+    "load_graph",
+    "remove_graph",
+]
 
 # Below so many images the exact product takes a few milliseconds.
 EXACT_BELOW = 50_000
@@ -35,6 +48,10 @@ FILE = "graph.json"
 CONNECTIVITY, EXPANSION_ADD = 32, 200
 # The nearest that are looked at, beside those that are asked for: what costs time, and what gives recall.
 EXPANSION = 2
+
+
+class DamagedGraphError(LapsError):
+    """A file of the graph is damaged or cannot be read; it is named."""
 
 
 @dataclass(frozen=True)
@@ -86,43 +103,60 @@ def build_graph(folder: Path, snapshot: Snapshot, *, progress: bool = False) -> 
     with atomic_path(folder / name) as temporary:
         index.save(str(temporary))
         content = np.fromfile(temporary, np.uint8)
-    shards = sorted(entry.number for entry in snapshot.manifest.shards)
     values = {
         "file": name,
         "nbytes": len(content),
-        "checksum": checksum(content),
+        "file_checksum": checksum(content),
         "embed_dim": snapshot.vectors.shape[1],
-        "shards": shards,
+        "shards": [entry.file for entry in snapshot.manifest.shards],
     }
-    write_atomically(folder / FILE, json.dumps(values) + "\n")
+    write_atomically(folder / FILE, json.dumps({"checksum": json_checksum(values), **values}) + "\n")
+    _remove_files(folder, but=name)
+    return Graph(index, frozenset(entry.number for entry in snapshot.manifest.shards))
+
+
+def remove_graph(folder: Path) -> None:
+    """Remove the graph, damaged or not; the caller holds the folder's lock."""
+    (folder / FILE).unlink(missing_ok=True)
+    _remove_files(folder, but=None)
+
+
+def _remove_files(folder: Path, *, but: str | None) -> None:
     for path in folder.iterdir():
-        if re.fullmatch(r"graph-[0-9a-f]{8}\.usearch", path.name) and path.name != name:
+        if re.fullmatch(r"graph-[0-9a-f]{8}\.usearch", path.name) and path.name != but:
             path.unlink(missing_ok=True)
-    return Graph(index, frozenset(shards))
 
 
 def load_graph(folder: Path, snapshot: Snapshot) -> Graph | None:
     """The graph of the index; None where there is none that fits, or no usearch.
 
     Raises:
-        LapsError: it is damaged (the file is named).
+        DamagedGraphError: it is damaged, or cannot be read (the file is named).
     """
+    path = folder / FILE
     try:
-        values = json.loads((folder / FILE).read_text())
+        values = json.loads(path.read_text())
+        if values.pop("checksum") != json_checksum(values):
+            raise ValueError("the checksum does not fit")
         path = folder / values["file"]
         content = np.fromfile(path, np.uint8)
-        library = _usearch("Index.search")
-    except (FileNotFoundError, LapsError):
+        if len(content) != values["nbytes"] or checksum(content) != values["file_checksum"]:
+            raise ValueError("the checksum does not fit")
+    except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder / FILE) from error
-    if len(content) != values["nbytes"] or checksum(content) != values["checksum"]:
-        raise _damaged(path)
-    if not set(values["shards"]).intersection(entry.number for entry in snapshot.manifest.shards):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _damaged(path, error) from error
+    if not is_installed():
         return None
-    index = _new(library, values["embed_dim"])
+    covered = {int(file.split("-")[0]): file for file in values["shards"]}
+    present = {entry.number: entry.file for entry in snapshot.manifest.shards}
+    both = covered.keys() & present.keys()
+    # Other files of the same numbers: the index is one that was put back from a backup.
+    if not both or any(covered[number] != present[number] for number in both):
+        return None
+    index = _new(_usearch("Index.search"), values["embed_dim"])
     index.load(content.tobytes())
-    return Graph(index, frozenset(values["shards"]))
+    return Graph(index, frozenset(covered))
 
 
 def is_late(graph: Graph | None, snapshot: Snapshot) -> bool:
@@ -198,11 +232,10 @@ def _new(library: Any, width: int) -> Any:
     )
 
 
-def _damaged(path: Path) -> LapsError:
-    return LapsError(
-        _check.message(
-            "Index.search",
-            f"{path} is damaged",
-            "the graph as it was written; delete the file, and laps encode makes it anew",
-        )
+def _damaged(path: Path, error: Exception) -> DamagedGraphError:
+    expected = (
+        "the graph as it was written; laps encode and Index.build_graph() make it anew, laps index check "
+        "--repair removes it"
     )
+    reason = (error.strerror if isinstance(error, OSError) else None) or error
+    return DamagedGraphError(_check.message("Index", f"{path} is damaged", expected, reason))

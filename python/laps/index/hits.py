@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Hit", "Hits", "shown"]
+__all__ = ["Hit", "HitLists", "Hits", "shown"]
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,24 @@ class Hits(list[Hit]):
         return "\n".join(lines) if self else "no images"
 
     def __repr__(self) -> str:
-        return f"{shown(self.query)!r}\n{self}"
+        return f'"{shown(self.query)}"\n{self}'
 
     def _repr_html_(self) -> str:
         from .page import fragment
 
         return fragment(self)
+
+
+class HitLists(list[Hits]):
+    """The hits of several queries, in their order; a notebook shows the images."""
+
+    def __repr__(self) -> str:
+        return "\n\n".join(map(repr, self)) if self else "no queries"
+
+    def _repr_html_(self) -> str:
+        from .page import sections
+
+        return sections(self)
 
 
 def shown(text: str | Path) -> str:

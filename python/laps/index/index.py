@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from . import checking, graph, manifest, writing
 from .checking import Checked
 from .encode import SHARD_BYTES, SHARD_SECONDS, EncodeOptions
 from .fingerprint import fingerprint
-from .hits import Hit, Hits
+from .hits import Hit, HitLists, Hits
 from .listing import Listing, list_files, list_folder
 from .manifest import MANIFEST, MODEL, SHARDS
+from .model_copy import load_copy, restore_copy
 from .records import STORAGES
 from .search import by_embedding, by_head
 from .snapshot import Snapshot, open_snapshot
@@ -62,6 +64,8 @@ class Index:
         self.folder = folder
         self.exact_below = exact_below
         self._snapshot, self._model, self._device = snapshot, model, device
+        # A model that was given may be what mends the copy in the index.
+        self._restores = False
         self._graph: tuple[int, graph.Graph | None] | None = None
 
     # ---- opening
@@ -80,21 +84,18 @@ class Index:
         Args:
             folder: missing or empty.
             model: what encodes images and sentences, now and later; it needs a tokenizer.
-            storage: what features are kept in. ``"float16"``: 218 kB an image for a ViT-B/16 at 224 pixels
-                and C=512; ``"int8"``: tokens with a scale each, 119 kB; ``"float32"``: twice float16.
+            storage: what features are kept in. ``"float16"``: 220 kB an image for a ViT-B/16 at 224 pixels
+                and C=512; ``"int8"``: tokens with a scale each, 120 kB; ``"float32"``: 440 kB.
             exact_below: see :class:`Index`.
 
         Raises:
             LapsValueError: the folder holds something, or is in use; a model without tokenizer.
             LapsTypeError: no model. OSError: the folder cannot be written to.
         """
-        operation, place = "Index.create", Path(folder)
+        operation, place = "Index.create", _path("Index.create", "folder", folder)
         storage = _check.choice(operation, "storage", storage, STORAGES)
         exact_below = _check.count(operation, "exact_below", exact_below, 0)
-        if not isinstance(model, LAPS):
-            raise LapsTypeError(
-                _check.message(operation, "model has the wrong type", "laps.LAPS", _check.name_of(model))
-            )
+        _require(operation, "model", model, LAPS, "laps.LAPS")
         if model.tokenizer is None:
             raise LapsValueError(
                 _check.message(operation, "the model has no tokenizer", "LAPS(..., tokenizer=...)")
@@ -119,17 +120,21 @@ class Index:
 
         Args:
             folder: of :meth:`create`.
-            model: in place of the copy in the index, where that has an encoder of your own; the same weights.
+            model: in place of the copy in the index, where that has an encoder of your own, or where the copy
+                is damaged (`add` then puts it back); the same weights.
             device: where to encode and score; None: where `model` is, for the copy the GPU if there is one.
             exact_below: see :class:`Index`.
 
         Raises:
             LapsError: no index there; a damaged file (it is named); another model than the index was made
                 with.
+            LapsTypeError: `model` is no LAPS.
         """
-        operation, place = "Index.open", Path(folder)
+        operation, place = "Index.open", _path("Index.open", "folder", folder)
         exact_below = _check.count(operation, "exact_below", exact_below, 0)
         chosen = None if device is None else choose_device(operation, device)
+        if model is not None:
+            _require(operation, "model", model, LAPS, "laps.LAPS")
         snapshot = open_snapshot(place)
         if model is not None:
             if fingerprint(model) != snapshot.manifest.model:
@@ -139,7 +144,9 @@ class Index:
                 )
             if chosen is not None:
                 model.to(chosen)
-        return cls(place, snapshot, model, device, exact_below)
+        index = cls(place, snapshot, model, device, exact_below)
+        index._restores = model is not None
+        return index
 
     @staticmethod
     def check(folder: str | Path, *, repair: bool = False, progress: bool = True) -> Checked:
@@ -147,23 +154,22 @@ class Index:
 
         Args:
             folder: of the index, which need not open.
-            repair: leave damaged images out, so that the rest can be searched; `add` encodes them again.
+            repair: leave damaged images out, so that the rest can be searched, and remove a damaged graph;
+                `add` encodes and builds them again. A damaged copy of the model stays: see `open`.
             progress: show a progress bar.
 
         Raises:
-            LapsError: no index there, or its ``index.json`` is damaged.
+            LapsError: no index there, or its ``index.json`` is damaged. To repair: a file that the system
+                refuses to read (it is named), which may be whole; nothing is changed then.
         """
-        operation, place = "Index.check", Path(folder)
+        operation, place = "Index.check", _path("Index.check", "folder", folder)
+        progress = _check.flag(operation, "progress", progress)
         if not _check.flag(operation, "repair", repair):
-            return checking.check(place, progress=progress)[0]
-        before = manifest.read(place)
+            return checking.check(place, progress=progress)
+        # To lock would make the folder.
+        manifest.read(place)
         with locked_folder(operation, place):
-            checked, whole = checking.check(place, progress=progress)
-            before = manifest.read(place)
-            if whole.shards != before.shards:
-                after = manifest.commit(place, before, shards=whole.shards)
-                manifest.remove_orphans(place, after)
-        return checked
+            return checking.check(place, repair=True, progress=progress)
 
     def refresh(self) -> bool:
         """Go on to the newest state; whether there was a newer one."""
@@ -196,14 +202,16 @@ class Index:
 
     @property
     def model(self) -> LAPS:
-        """The model, which is loaded at first use.
+        """The model, which is loaded at first use, and compared with what the index was made with.
+
+        To compare takes about a second for a gigabyte of weights.
 
         Raises:
-            LapsError: the copy in the index is damaged.
+            LapsError: the copy in the index is missing, damaged, or another model.
         """
         if self._model is None:
             device = choose_device("Index.open", self._device)
-            self._model = LAPS.from_pretrained(self.folder / MODEL).to(device)
+            self._model = load_copy(self.folder, self._snapshot.manifest.model).to(device)
         return self._model
 
     # ---- searching
@@ -220,7 +228,7 @@ class Index:
         *,
         candidates: int = ...,
         approximate: bool | None = ...,
-    ) -> list[Hits]: ...
+    ) -> HitLists: ...
     def search(
         self,
         query: str | Path | Sequence[str | Path],
@@ -228,7 +236,7 @@ class Index:
         *,
         candidates: int = CANDIDATES,
         approximate: bool | None = None,
-    ) -> Hits | list[Hits]:
+    ) -> Hits | HitLists:
         """The images that fit a sentence best, or that are most like an image.
 
         A sentence: its global vector nominates `candidates` images, and the model's head scores these as in
@@ -248,12 +256,15 @@ class Index:
 
         Raises:
             LapsValueError: a sentence without words, an image that cannot be read, `k` or `candidates` < 1.
-            LapsTypeError: a query of another type. LapsError: damaged features (shard and image are named);
-                ``approximate=True`` without a graph, or without usearch.
+            LapsTypeError: an argument of another type. LapsError: damaged features (shard and image are
+                named), a damaged graph or copy of the model; ``approximate=True`` without a graph, or without
+                usearch.
         """
         operation = "Index.search"
         k = _check.count(operation, "k", k)
         candidates = _check.count(operation, "candidates", candidates)
+        if approximate is not None:
+            approximate = _check.flag(operation, "approximate", approximate)
         if isinstance(query, (str, Path)):
             return self._search(query, k, candidates, approximate)
         if not isinstance(query, Sequence) or not all(isinstance(each, (str, Path)) for each in query):
@@ -261,7 +272,7 @@ class Index:
             raise LapsTypeError(
                 _check.message(operation, "query has the wrong type", expected, _check.name_of(query))
             )
-        return [self._search(each, k, candidates, approximate) for each in query]
+        return HitLists(self._search(each, k, candidates, approximate) for each in query)
 
     @torch.inference_mode()
     def _search(self, query: str | Path, k: int, candidates: int, approximate: bool | None) -> Hits:
@@ -332,7 +343,8 @@ class Index:
         Args:
             source: a folder, with all that is below it (by suffix; names that begin with a dot are left out,
                 links are followed); or paths of image files.
-            prune: also delete images of this folder whose file is gone.
+            prune: also delete images of this folder whose file is gone. What the system does not let be seen
+                is spared, and what is below a link to a folder that is not there.
             batch_size: images per call of the encoder.
             num_workers: processes that read images.
             on_error: ``"skip"`` warns of an image that cannot be read and goes on, ``"raise"`` stops there.
@@ -348,7 +360,9 @@ class Index:
             How many images were added, updated and so on, by all ranks.
 
         Raises:
-            LapsValueError: no such folder or file, or one without images for an empty index; another process
+            LapsTypeError: an argument of another type.
+            LapsValueError: no such folder or file, or one without images for an empty index; to prune, and
+                the folder has no image any more, though the index has some of it; another process
                 writes; with ``on_error="raise"`` an image that cannot be read. All until then is kept.
             IndexingStoppedError: SIGINT or SIGTERM came; all until then is kept.
             LapsError: the index was removed meanwhile. OSError: no space.
@@ -364,7 +378,9 @@ class Index:
             shard_bytes=_check.count(operation, "shard_bytes", shard_bytes),
             shard_seconds=_check.number(operation, "shard_seconds", shard_seconds, 0.0),
         )
-        prune, model, ranks = _check.flag(operation, "prune", prune), self.model, ranks or Ranks()
+        prune, ranks = _check.flag(operation, "prune", prune), Ranks() if ranks is None else ranks
+        _require(operation, "ranks", ranks, Ranks, "laps.distributed.Ranks")
+        model = ranks.together(lambda: self.model)
         if ranks.size > 1:
             text = f"encode images (rank 0 of {ranks.size})"
             options = replace(options, description=text, progress=options.progress and ranks.main)
@@ -379,6 +395,9 @@ class Index:
                     raise LapsValueError(
                         _check.message(operation, f"{source} has no image files", "at least one", got)
                     )
+                if self._restores:
+                    restore_copy(self.folder, model, self._snapshot.manifest.model)
+                    self._restores = False
                 return writing.plan(self.folder, self._snapshot, listing, folder, prune=prune)
 
             added = writing.carry_out(self.folder, ranks.on_main(plan), model, options, ranks)
@@ -399,7 +418,7 @@ class Index:
         operation = "Index.delete"
         if isinstance(paths, (str, Path)):
             raise LapsTypeError(_check.message(operation, "paths is one path", "a list of paths", str(paths)))
-        wanted = [os.path.abspath(path) for path in paths]
+        wanted = [os.path.abspath(path) for path in _paths(operation, "paths", paths)]
         with self._writing(operation):
             known = self._snapshot.positions
             found: set[int] = set()
@@ -431,11 +450,12 @@ class Index:
         """
         operation = "Index.compact"
         shard_bytes = _check.count(operation, "shard_bytes", shard_bytes)
+        progress = _check.flag(operation, "progress", progress)
         with self._writing(operation):
             before = self.nbytes
             writing.compact(self.folder, self._snapshot, shard_bytes)
             self.refresh()
-            self._keep_graph(_check.flag(operation, "progress", progress))
+            self._keep_graph(progress)
         return before - self.nbytes
 
     def build_graph(self, *, progress: bool = True) -> None:
@@ -456,11 +476,19 @@ class Index:
         self._graph = self._snapshot.manifest.generation, built
 
     def _keep_graph(self, progress: bool) -> None:
-        """Build the graph where there are enough images for one, and it is missing or out of date."""
-        if len(self) < self.exact_below or not graph.is_installed():
+        """Build the graph where there are enough images and it is missing or late, or where it is damaged."""
+        enough = len(self) >= self.exact_below and graph.is_installed()
+        if not (enough or (self.folder / graph.FILE).exists()):
             return
-        if graph.is_late(self._loaded_graph(self._snapshot), self._snapshot):
+        try:
+            found = self._loaded_graph(self._snapshot)
+            late = enough and graph.is_late(found, self._snapshot)
+        except graph.DamagedGraphError:
+            late = True
+        if late and len(self) and graph.is_installed():
             self._build_graph(progress)
+        elif late:
+            graph.remove_graph(self.folder)
 
     @contextlib.contextmanager
     def _writing(self, operation: str) -> Iterator[None]:
@@ -509,7 +537,7 @@ def _listed(
     """The files of a source, and the absolute path of the folder if it is one."""
     folder: str | None = None
     if not isinstance(source, (str, Path)):
-        listing = list_files([Path(path) for path in source])
+        listing = list_files(_paths(operation, "source", source))
     elif os.path.isdir(source):
         listing, folder = list_folder(Path(source), model.transform), os.path.abspath(source)
     elif os.path.exists(source):
@@ -522,4 +550,31 @@ def _listed(
         raise LapsValueError(
             _check.message(operation, listing.errors[0], "files and folders that can be read")
         )
+    for error in listing.errors:
+        warnings.warn(f"skipped: {error}", stacklevel=2)
     return listing, folder
+
+
+def _require(operation: str, argument: str, value: object, kind: type, name: str) -> None:
+    if not isinstance(value, kind):
+        raise LapsTypeError(
+            _check.message(operation, f"{argument} has the wrong type", name, _check.name_of(value))
+        )
+
+
+def _path(operation: str, argument: str, value: object) -> Path:
+    if not isinstance(value, (str, Path)):
+        raise LapsTypeError(
+            _check.message(operation, f"{argument} is no path", "str or Path", _check.name_of(value))
+        )
+    if "\0" in str(value):
+        raise LapsValueError(_check.message(operation, f"{argument} is no path", "no NUL in it", repr(value)))
+    return Path(value)
+
+
+def _paths(operation: str, argument: str, values: object) -> list[Path]:
+    if not isinstance(values, Iterable):
+        raise LapsTypeError(
+            _check.message(operation, f"{argument} has the wrong type", "paths", _check.name_of(values))
+        )
+    return [_path(operation, f"{argument}[{n}]", value) for n, value in enumerate(values)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from .. import _check
 from ..data import ImageTransform, RegionTransform
 from ..errors import LapsValueError
 
-__all__ = ["ListedImage", "Listing", "list_files", "list_folder"]
+__all__ = ["ListedImage", "Listing", "is_gone", "list_files", "list_folder"]
 
 # What photographs are stored as; Pillow opens more, by programs that had better not run on any file.
 PHOTOS = frozenset(
@@ -55,26 +57,26 @@ class Listing:
     Attributes:
         images: the files.
         errors: what the system refused, with the path.
-        unseen: folders below which there may be more.
     """
 
     images: list[ListedImage] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
-    unseen: list[str] = field(default_factory=list)
 
 
 def list_folder(folder: Path, transform: ImageTransform | RegionTransform) -> Listing:
     """All image files below a folder, by their suffix; of a model of regions the ``.npz`` files.
 
-    Links to folders are followed, each folder is visited once. Names that begin with a dot are left out.
+    Links to folders are followed, each folder is visited once, by its own path if that is below here. Names
+    that begin with a dot are left out.
 
     Raises:
-        LapsValueError: no such folder.
+        LapsValueError: no such folder, or a file.
     """
     suffixes = REGIONS if isinstance(transform, RegionTransform) else PHOTOS
     top = os.path.abspath(folder)
     if not os.path.isdir(top):
-        raise LapsValueError(_check.message("Index.add", f"{folder} is missing", "a folder of images"))
+        state = "is a file" if os.path.exists(top) else "is missing"
+        raise LapsValueError(_check.message("Index.add", f"{folder} {state}", "a folder of images"))
     found = Listing()
     for entry in _walk(top, set(), found):
         if os.path.splitext(entry.name)[1].lower() in suffixes:
@@ -91,11 +93,30 @@ def list_files(paths: list[Path]) -> Listing:
     return found
 
 
+def is_gone(path: str) -> bool:
+    """Whether there is certainly nothing at an absolute path any more, not even a link that leads nowhere.
+
+    False where the system does not tell, and below a link to a folder that is not there: its disk may be one
+    that is not mounted.
+    """
+    above = path
+    while True:
+        try:
+            status = os.lstat(above)
+        except (FileNotFoundError, NotADirectoryError):
+            above = os.path.dirname(above)
+        except OSError:
+            return False
+        else:
+            return above != path and (not stat.S_ISLNK(status.st_mode) or os.path.exists(above))
+
+
 def _walk(folder: str, visited: set[tuple[int, int]], found: Listing) -> Iterator[os.DirEntry[str]]:
     """The files below a folder. A stack and no recursion: a folder may be deeper than Python's."""
-    waiting = [folder]
-    while waiting:
-        here = waiting.pop()
+    waiting, links = [folder], list[str]()
+    while waiting or links:
+        # Links last: a new one must not rename what is here without it.
+        here = (waiting or links).pop()
         try:
             status = os.stat(here)
             if (status.st_dev, status.st_ino) in visited:
@@ -105,25 +126,21 @@ def _walk(folder: str, visited: set[tuple[int, int]], found: Listing) -> Iterato
                 entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError as error:
             found.errors.append(f"{here}: {error.strerror}")
-            found.unseen.append(here)
             continue
-        folders = []
+        folders: list[str] = []
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            # False for a link that leads nowhere or to itself.
-            if _is(entry.is_dir):
-                folders.append(entry.path)
-            elif _is(entry.is_file):
-                yield entry
+            try:
+                if entry.is_dir():
+                    (links if entry.is_symlink() else folders).append(entry.path)
+                elif entry.is_file():
+                    yield entry
+            except OSError as error:
+                # A link to itself leads nowhere, as one does whose target is missing.
+                if error.errno != errno.ELOOP:
+                    found.errors.append(f"{entry.path}: {error.strerror}")
         waiting += reversed(folders)
-
-
-def _is(question: Callable[[], bool]) -> bool:
-    try:
-        return question()
-    except OSError:
-        return False
 
 
 def _add(found: Listing, path: str) -> None:

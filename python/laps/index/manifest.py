@@ -17,7 +17,17 @@ from .checksum import checksum
 from .records import STORAGES, RecordLayout
 from .shards import ShardEntry
 
-__all__ = ["MANIFEST", "MODEL", "SHARDS", "Manifest", "commit", "new_shard_path", "read", "remove_orphans"]
+__all__ = [
+    "MANIFEST",
+    "MODEL",
+    "SHARDS",
+    "Manifest",
+    "commit",
+    "json_checksum",
+    "new_shard_path",
+    "read",
+    "remove_orphans",
+]
 
 MANIFEST, MODEL, SHARDS = "index.json", "model", "shards"
 FORMAT, VERSION = "laps-index", 1
@@ -59,10 +69,11 @@ class Manifest:
             "next_shard": self.next_shard,
             "shards": [shard.to_dict() for shard in self.shards],
         }
-        return json.dumps({"checksum": _checksum_of(values), **values}, indent=1) + "\n"
+        return json.dumps({"checksum": json_checksum(values), **values}, indent=1) + "\n"
 
 
-def _checksum_of(values: dict[str, Any]) -> int:
+def json_checksum(values: dict[str, Any]) -> int:
+    """Of an object of JSON, whatever the order of its keys."""
     return checksum(json.dumps(values, sort_keys=True).encode())
 
 
@@ -87,7 +98,7 @@ def read(folder: Path) -> Manifest:
         )
     stored = values.pop("checksum", None)
     try:
-        if stored != _checksum_of(values):
+        if stored != json_checksum(values):
             raise ValueError("the checksum does not fit")
         layout = values["layout"]
         return Manifest(

@@ -27,10 +27,14 @@ from .._files import atomic_path
 from ..errors import LapsError
 from .checksum import checksum
 
-__all__ = ["ImageEntry", "Shard", "ShardContent", "ShardEntry", "write_shard"]
+__all__ = ["ImageEntry", "Shard", "ShardContent", "ShardEntry", "UnreadableShardError", "write_shard"]
 
 Bytes = NDArray[np.uint8]
 DTYPES = {"checksums": ("U32", np.uint32), "embedding": ("F32", np.float32), "records": ("U8", np.uint8)}
+
+
+class UnreadableShardError(LapsError):
+    """The system refused to read a shard, which may be whole."""
 
 
 class ImageEntry(NamedTuple):
@@ -135,13 +139,18 @@ class Shard:
     """A shard that is open for reading, until nobody holds it; it may be removed from the folder meanwhile.
 
     Raises:
-        LapsError: naming the file: it is missing or cannot be read, has another size than when it was
-            written, or a damaged header. FileNotFoundError: it is gone.
+        LapsError: naming the file: it has another size than when it was written, or a damaged header.
+        UnreadableShardError: the system refused to read it. FileNotFoundError: it is gone.
     """
 
     def __init__(self, path: Path, entry: ShardEntry) -> None:
         self.path, self.entry = path, entry
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise self._unreadable(error) from error
         weakref.finalize(self, os.close, self._file)
         size = os.fstat(self._file).st_size
         if size != entry.nbytes:
@@ -196,6 +205,12 @@ class Shard:
         hint = f"{expected}; laps index check --repair leaves it out"
         return LapsError(_check.message("Index", f"{self.path}: {what}", hint, got))
 
+    def _unreadable(self, error: OSError) -> UnreadableShardError:
+        reason = error.strerror or type(error).__name__
+        return UnreadableShardError(
+            _check.message("Index", f"{self.path}: the shard cannot be read", "a readable file", reason)
+        )
+
     def _offset(self, row: int) -> int:
         return self._start["records"] + row * self.record_bytes
 
@@ -210,7 +225,7 @@ class Shard:
             try:
                 got = os.preadv(self._file, [into[done:]], start + done)
             except OSError as error:
-                raise self.broken("the shard cannot be read", "a readable file", error) from error
+                raise self._unreadable(error) from error
             if not got:
                 raise self.broken("the shard ends early", f"{self.entry.nbytes} bytes", start + done)
             done += got

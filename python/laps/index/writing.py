@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +13,16 @@ import numpy as np
 
 from .. import _check
 from ..distributed import Ranks
-from ..errors import LapsError
+from ..errors import LapsError, LapsValueError
 from ..model import LAPS
 from . import manifest
-from .encode import EncodeOptions, encode
-from .listing import ListedImage, Listing
+from .encode import Encoded, EncodeOptions, encode
+from .listing import ListedImage, Listing, is_gone
 from .manifest import MANIFEST, Manifest
 from .records import RecordLayout
 from .shards import ImageEntry, ShardContent, ShardEntry, write_shard
 from .snapshot import Snapshot
+from .stopping import IndexingStoppedError, stop_signals
 
 __all__ = [
     "Added",
@@ -166,21 +168,14 @@ def plan(folder: Path, snapshot: Snapshot, listing: Listing, source: str | None,
         snapshot: its newest state.
         listing: the files as they are.
         source: the absolute path of the folder that was listed; None for single files.
-        prune: whether to delete what is below `source` and not listed.
+        prune: whether to delete what is below `source` and certainly gone.
+
+    Raises:
+        LapsValueError: to prune, but there is no image at all below `source` any more.
     """
     state, known = snapshot.manifest, snapshot.positions
     entries = list(snapshot.entries())
-    gone: list[int] = []
-    if prune and source is not None:
-        there = {image.path for image in listing.images}
-        gone = [
-            position
-            for path, position in known.items()
-            if path not in there
-            and is_below(path, source)
-            # What could not be looked at may still be there.
-            and not any(is_below(path, unseen) for unseen in listing.unseen)
-        ]
+    gone = _gone(known, listing, source) if prune and source is not None else []
     if gone:
         state = delete(folder, snapshot, gone)
     wanted = [
@@ -200,47 +195,86 @@ def plan(folder: Path, snapshot: Snapshot, listing: Listing, source: str | None,
     )
 
 
+def _gone(known: Mapping[str, int], listing: Listing, source: str) -> list[int]:
+    """Positions of the images below a folder whose files are gone.
+
+    Not all that was not listed: the system may not have let it be seen, or it was added by its path.
+    """
+    there = {image.path for image in listing.images}
+    unlisted = [path for path in known if path not in there and is_below(path, source)]
+    gone = [known[path] for path in unlisted if is_gone(path)]
+    if gone and not listing.images:
+        expected = f"a folder whose disk is mounted; laps index delete INDEX {source} takes all of it out"
+        raise LapsValueError(
+            _check.message("Index.add", f"prune, but {source} has no image any more", expected)
+        )
+    return gone
+
+
 def carry_out(folder: Path, plan: Plan, model: LAPS, options: EncodeOptions, ranks: Ranks) -> Added:
     """Encode what a plan wants, each rank its share, and commit it; every rank calls this.
 
-    In rounds: each rank writes a shard, and rank 0 commits all of these at once. What ends one ends all, when
-    each has written what it had encoded.
+    In rounds: each rank writes a shard, and rank 0 commits all of these at once. What ends one ends all, the
+    others when they have written their shard of this round; what was encoded is kept.
     """
     state, added, updated = plan.state, 0, 0
     mine = plan.wanted[ranks.part(len(plan.wanted))]
-    encoded = encode(model, mine, state.layout, options)
-    while True:
-        piece: Piece | None = None
-        failed: LapsError | OSError | None = None
-        try:
-            found = next(encoded, None)
-            if found is not None:
-                piece = write_piece(folder, state, *found, ranks.rank)
-        except (LapsError, OSError) as error:
-            failed = error
-        outcomes = ranks.objects((piece, failed))
-        pieces = [each for each, _ in outcomes if each is not None]
-        if pieces:
-            paths = [
-                os.path.join(plan.roots[image.root], image.path) for each in pieces for image in each.images
-            ]
-            replaced = [plan.replaced[path] for path in paths if path in plan.replaced]
-            state = ranks.on_main(
-                partial(commit_pieces, folder, state, pieces, roots=plan.roots, replaced=replaced)
-            )
-            updated += len(replaced)
-            added += len(paths) - len(replaced)
-        failure = next((each for _, each in outcomes if each is not None), None)
-        if failure is not None:
-            raise failure
-        if not pieces:
-            break
+    with (
+        stop_signals() as stopped,
+        contextlib.closing(encode(model, mine, state.layout, options, stopped)) as encoded,
+    ):
+        while True:
+            piece, failed = _next_piece(folder, state, encoded, ranks)
+            if piece is None and failed is None and stopped:
+                # Its own share is done, that of others is not.
+                failed = IndexingStoppedError.after(stopped[0], len(mine), len(mine))
+            outcomes = ranks.objects((piece, _told(failed, ranks)))
+            pieces = [each for each, _ in outcomes if each is not None]
+            if pieces:
+                paths = [
+                    os.path.join(plan.roots[image.root], image.path)
+                    for each in pieces
+                    for image in each.images
+                ]
+                replaced = [plan.replaced[path] for path in paths if path in plan.replaced]
+                state = ranks.on_main(
+                    partial(commit_pieces, folder, state, pieces, roots=plan.roots, replaced=replaced)
+                )
+                updated += len(replaced)
+                added += len(paths) - len(replaced)
+            # This rank's own first, for its traceback.
+            failure = failed or next((each for _, each in outcomes if each is not None), None)
+            if failure is not None:
+                raise failure
+            if not pieces:
+                break
     return replace(
         plan.done,
         added=added,
         updated=updated,
         skipped=plan.done.skipped + len(plan.wanted) - added - updated,
     )
+
+
+def _next_piece(
+    folder: Path, state: Manifest, encoded: Iterator[Encoded], ranks: Ranks
+) -> tuple[Piece | None, Exception | None]:
+    """This rank's next shard, and what ended its work; neither once it has done its share."""
+    layout, content, failed = next(encoded, Encoded(None, None, None))
+    if layout is None or content is None:
+        return None, failed
+    try:
+        return write_piece(folder, state, layout, content, ranks.rank), failed
+    except (LapsError, OSError) as error:
+        return None, error
+
+
+def _told(failed: Exception | None, ranks: Ranks) -> Exception | None:
+    """What the other ranks raise: some exceptions cannot travel."""
+    if failed is None or isinstance(failed, (LapsError, OSError)):
+        return failed
+    got = f"{type(failed).__name__}: {failed}"
+    return LapsError(_check.message("Index.add", f"rank {ranks.rank} failed", "no error of any rank", got))
 
 
 def is_below(path: str, folder: str) -> bool:
