@@ -491,7 +491,7 @@ def test_ctrl_c_while_the_command_imports_is_one_line_and_status_130() -> None:
     # A shell that starts the tests in the background has them ignore the signal.
     code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "from laps_command import main; sys.exit(main())"
-    for moment in ("numpy", "torch._tensor", "laps.encoders.image"):
+    for moment in ("numpy", "torch._tensor", "laps.nn"):
         # The interpreter tells of each import as it is done.
         with subprocess.Popen(
             [sys.executable, "-X", "importtime", "-c", code, "info"],
@@ -522,6 +522,16 @@ def test_the_console_script_does_what_the_module_does_and_ctrl_c_works_in_it() -
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == laps.heads.head_names()
+
+
+def test_the_parser_loads_no_library_of_images_models_or_the_hub() -> None:
+    code = "import sys; from laps.cli import _parser; _parser(); print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    ours = {"laps.data", "laps.encoders", "laps.index", "laps.model", "laps.train"}
+    others = {"PIL", "huggingface_hub", "safetensors", "tokenizers", "torchvision", "transformers"}
+    assert set(done.stdout.split()) & (ours | others) == set()
 
 
 def test_an_error_leaves_no_traceback(tmp_path: Path) -> None:

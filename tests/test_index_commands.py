@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import CodeType, FrameType
 
 import PIL.Image
 import pytest
 from _models import ENVIRONMENT, tiny_laps
 from laps.cli import main
+from laps.index import fingerprint, listing
 from laps.index.hits import Hit, HitLists, Hits
 from laps.index.page import page
 from laps.index.terminal import picture_lines
@@ -110,6 +113,25 @@ def test_a_second_run_needs_no_model_and_prunes(
     assert "deleted 4; 5 images" in capsys.readouterr().out
     assert run("index", "compact", index, "--quiet") == 0
     assert "5 images" in capsys.readouterr().out
+
+
+def test_a_new_index_is_made_from_one_listing_and_one_look_at_the_weights(
+    model: Path, photos: Path, tmp_path: Path
+) -> None:
+    calls: Counter[CodeType] = Counter()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call":
+            calls[frame.f_code] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        assert run("encode", photos, "-o", tmp_path / "index", "--model", model, *QUICK) == 0
+    finally:
+        sys.setprofile(before)
+    assert calls[listing.list_folder.__code__] == 1
+    assert calls[fingerprint._digest.__code__] == 1
 
 
 def test_a_folder_without_images_leaves_no_index(

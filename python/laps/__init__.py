@@ -21,13 +21,13 @@ Example:
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import encoders, errors, functional, heads, losses, nn, objective, ops
+from . import errors, functional, heads, losses, nn, objective, ops
 from ._info import info
 from ._laps import __version__
 from .errors import LapsError, LapsTypeError, LapsValueError
 
 if TYPE_CHECKING:
-    from . import config, data, distributed, grounding, metrics, plot, step, train
+    from . import config, data, distributed, encoders, grounding, metrics, plot, step, train
     from .config import LAPSConfig
     from .conversion import convert
     from .evaluation import evaluate
@@ -74,6 +74,7 @@ _LAZY = {
     "convert": "conversion",
     "data": None,
     "distributed": None,
+    "encoders": None,
     "evaluate": "evaluation",
     "explain": "explanation",
     "grounding": None,

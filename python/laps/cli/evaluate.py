@@ -15,6 +15,7 @@ from ._options import (
     add_num_workers,
     add_quiet,
 )
+from ._ranks import on_ranks
 
 if TYPE_CHECKING:
     from ..distributed import Ranks
@@ -45,17 +46,10 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the result here")
     add_quiet(parser)
-    parser.set_defaults(command=_eval)
+    parser.set_defaults(command=on_ranks(_eval))
 
 
-def _eval(options: argparse.Namespace) -> int:
-    from .._launch import started_ranks
-
-    with started_ranks(options.device) as ranks:
-        return _eval_on(ranks, options)
-
-
-def _eval_on(ranks: Ranks, options: argparse.Namespace) -> int:
+def _eval(ranks: Ranks, options: argparse.Namespace) -> int:
     import torch
 
     from .._device import choose_device

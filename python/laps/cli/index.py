@@ -5,23 +5,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _check
+from .._index_options import CANDIDATES, ON_ERROR, STORAGES
 from ..errors import LapsValueError
 from ._options import add_amp, add_batch_size, add_device, add_num_workers, add_quiet
+from ._ranks import on_ranks
 
 if TYPE_CHECKING:
     from ..distributed import Ranks
+    from ..index import Index
+    from ..index.listing import Listing
     from ..model import LAPS
 
 __all__ = ["add_encode", "add_index", "add_search"]
 
 
 def add_encode(parser: argparse.ArgumentParser) -> None:
-    from ..index import STORAGES
-
     parser.add_argument("images", type=Path, metavar="DIR", help="folder of images, with all below it")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="INDEX", help="the index's folder")
     parser.add_argument(
@@ -35,7 +38,7 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prune", action="store_true", help="also delete images of DIR that are gone")
     parser.add_argument(
         "--on-error",
-        choices=("skip", "raise"),
+        choices=ON_ERROR,
         default="skip",
         help="what to do with images that cannot be read (default: skip)",
     )
@@ -44,17 +47,10 @@ def add_encode(parser: argparse.ArgumentParser) -> None:
     add_device(parser)
     add_amp(parser)
     add_quiet(parser)
-    parser.set_defaults(command=_encode)
+    parser.set_defaults(command=on_ranks(_encode))
 
 
-def _encode(options: argparse.Namespace) -> int:
-    from .._launch import started_ranks
-
-    with started_ranks(options.device) as ranks:
-        return _encode_on(ranks, options)
-
-
-def _encode_on(ranks: Ranks, options: argparse.Namespace) -> int:
+def _encode(ranks: Ranks, options: argparse.Namespace) -> int:
     from .._device import choose_device
     from ..index import Index
     from ..model import LAPS
@@ -63,15 +59,18 @@ def _encode_on(ranks: Ranks, options: argparse.Namespace) -> int:
     given: LAPS | None = None
     if options.model is not None:
         given = ranks.together(lambda: LAPS.from_pretrained(options.model).to(device))
-    ranks.on_main(lambda: _create_if_new(options, given))
-    index = ranks.together(lambda: Index.open(options.out, model=given, device=str(device)))
+    # The others open what rank 0 has made, and leave the listing to it.
+    new = ranks.together(lambda: _new(options, given) if ranks.main else None)
+    index = ranks.together(
+        lambda: new.index if new else Index.open(options.out, model=given, device=str(device))
+    )
     if options.storage not in (None, index.storage):
         expected = f"{index.storage}, or a new index"
         raise LapsValueError(
             _check.message("laps encode", f"{options.out} has another --storage", expected, options.storage)
         )
     done = index.add(
-        options.images,
+        new.listing if new else options.images,
         prune=options.prune,
         batch_size=options.batch_size,
         num_workers=options.num_workers,
@@ -89,27 +88,33 @@ def _encode_on(ranks: Ranks, options: argparse.Namespace) -> int:
     return 0
 
 
-def _create_if_new(options: argparse.Namespace, model: LAPS | None) -> None:
+@dataclass(frozen=True)
+class _New:
+    """An index that was just made, and what goes into it."""
+
+    index: Index
+    listing: Listing
+
+
+def _new(options: argparse.Namespace, model: LAPS | None) -> _New | None:
+    """The index, if it has to be made."""
     from ..index import Index
     from ..index.listing import list_folder
+    from ..index.manifest import MANIFEST
 
-    if (options.out / "index.json").exists():
-        return
+    if (options.out / MANIFEST).exists():
+        return None
     if model is None:
         raise LapsValueError(
             _check.message("laps encode", f"{options.out} is no index yet", "--model, to make one")
         )
     # Before anything is made: an index without images helps nobody.
-    if not list_folder(options.images, model.transform).images:
-        raise LapsValueError(
-            _check.message("laps encode", f"{options.images} has no image files", "at least one")
-        )
-    Index.create(options.out, model, storage=options.storage or "float16")
+    listing = list_folder(options.images, model.transform)
+    listing.require_images("laps encode", options.images)
+    return _New(Index.create(options.out, model, storage=options.storage or "float16"), listing)
 
 
 def add_search(parser: argparse.ArgumentParser) -> None:
-    from ..index import CANDIDATES
-
     parser.add_argument("index", type=Path, metavar="INDEX", help="a folder that laps encode has made")
     parser.add_argument("query", nargs="*", help="a sentence, in quotes; or several")
     parser.add_argument(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _check
 from ..errors import LapsValueError
 from ._options import REGION_OPTIONS, add_images, add_region_sizes, given
+from ._ranks import on_ranks
 
 if TYPE_CHECKING:
     from ..data import CaptionStream, RegionTransform, RetrievalData
@@ -100,17 +101,10 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         help=f"of triplet: the distance beyond which no negative is drawn (default: {CUTOFF})",
     )
     add_train_options(parser.add_argument_group("recipe", "the defaults are the published recipe"))
-    parser.set_defaults(command=_train)
+    parser.set_defaults(command=on_ranks(_train))
 
 
-def _train(options: argparse.Namespace) -> int:
-    from .._launch import started_ranks
-
-    with started_ranks(getattr(options, "device", None)) as ranks:
-        return _train_on(ranks, options)
-
-
-def _train_on(ranks: Ranks, options: argparse.Namespace) -> int:
+def _train(ranks: Ranks, options: argparse.Namespace) -> int:
     from .._device import choose_device
     from .._train_source import PairSource
     from ..config import PRESETS
@@ -206,7 +200,7 @@ def _stream(
     from ..data import CaptionStream
     from ..data.containers import container_of
 
-    assert model.tokenizer is not None  # the trainer would refuse it; `_train_on` makes it first
+    assert model.tokenizer is not None  # the trainer would refuse it; `_train` makes it first
     stream = CaptionStream(
         options.data,
         model.tokenizer,

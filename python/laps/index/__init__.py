@@ -3,10 +3,10 @@
 :class:`Index` is the whole of it. Global vectors nominate, the model's head decides; see ``docs/search.md``.
 """
 
+from .._index_options import CANDIDATES, STORAGES
 from .checking import Checked
 from .hits import Hit, HitLists, Hits
-from .index import CANDIDATES, Index
-from .records import STORAGES
+from .index import Index
 from .stopping import IndexingStoppedError
 from .writing import Added
 

@@ -15,6 +15,7 @@ import torch
 from .. import _check
 from .._device import choose_device
 from .._folder_lock import LOCK, locked_folder
+from .._index_options import CANDIDATES, ON_ERROR, STORAGES
 from .._modes import eval_mode
 from ..distributed import Ranks
 from ..errors import LapsError, LapsTypeError, LapsValueError
@@ -27,16 +28,11 @@ from .hits import Hit, HitLists, Hits
 from .listing import Listing, list_files, list_folder
 from .manifest import MANIFEST, MODEL, SHARDS
 from .model_copy import load_copy, restore_copy
-from .records import STORAGES
 from .search import by_embedding, by_head
 from .snapshot import Snapshot, open_snapshot
 from .writing import Added
 
-__all__ = ["CANDIDATES", "Index"]
-
-# Nominated by the global vectors and scored by the head; benchmarks/search.py has what it costs and loses.
-CANDIDATES = 500
-ON_ERROR = ("skip", "raise")
+__all__ = ["Index"]
 
 
 class Index:
@@ -322,7 +318,7 @@ class Index:
 
     def add(
         self,
-        source: str | Path | Iterable[str | Path],
+        source: str | Path | Iterable[str | Path] | Listing,
         *,
         prune: bool = False,
         batch_size: int = 32,
@@ -342,7 +338,8 @@ class Index:
 
         Args:
             source: a folder, with all that is below it (by suffix; names that begin with a dot are left out,
-                links are followed); or paths of image files.
+                links are followed); or paths of image files; or what was listed of either already
+                (:mod:`laps.index.listing`).
             prune: also delete images of this folder whose file is gone. What the system does not let be seen
                 is spared, and what is below a link to a folder that is not there.
             batch_size: images per call of the encoder.
@@ -388,17 +385,14 @@ class Index:
 
             def plan() -> writing.Plan:
                 """What there is to do; rank 0 holds the folder from here to the end."""
-                listing, folder = _listed(operation, source, model, prune=prune, on_error=on_error)
+                listing = _listed(operation, source, model, prune=prune, on_error=on_error)
                 writing_here.enter_context(self._writing(operation))
-                if not listing.images and not len(self):
-                    got = f"{len(listing.errors)} that cannot be read" if listing.errors else None
-                    raise LapsValueError(
-                        _check.message(operation, f"{source} has no image files", "at least one", got)
-                    )
+                if not len(self):
+                    listing.require_images(operation, listing.folder or source)
                 if self._restores:
                     restore_copy(self.folder, model, self._snapshot.manifest.model)
                     self._restores = False
-                return writing.plan(self.folder, self._snapshot, listing, folder, prune=prune)
+                return writing.plan(self.folder, self._snapshot, listing, prune=prune)
 
             added = writing.carry_out(self.folder, ranks.on_main(plan), model, options, ranks)
             self.refresh()
@@ -528,23 +522,24 @@ def _refuse_foreign(operation: str, folder: Path) -> None:
 
 def _listed(
     operation: str,
-    source: str | Path | Iterable[str | Path],
+    source: str | Path | Iterable[str | Path] | Listing,
     model: LAPS,
     *,
     prune: bool,
     on_error: str,
-) -> tuple[Listing, str | None]:
-    """The files of a source, and the absolute path of the folder if it is one."""
-    folder: str | None = None
-    if not isinstance(source, (str, Path)):
+) -> Listing:
+    """The files of a source."""
+    if isinstance(source, Listing):
+        listing = source
+    elif not isinstance(source, (str, Path)):
         listing = list_files(_paths(operation, "source", source))
     elif os.path.isdir(source):
-        listing, folder = list_folder(Path(source), model.transform), os.path.abspath(source)
+        listing = list_folder(Path(source), model.transform)
     elif os.path.exists(source):
         listing = list_files([Path(source)])
     else:
         raise LapsValueError(_check.message(operation, f"{source} is missing", "a folder or an image file"))
-    if folder is None and prune:
+    if listing.folder is None and prune:
         raise LapsValueError(_check.message(operation, "prune without a folder", "a folder", str(source)))
     if listing.errors and on_error == "raise":
         raise LapsValueError(
@@ -552,7 +547,7 @@ def _listed(
         )
     for error in listing.errors:
         warnings.warn(f"skipped: {error}", stacklevel=2)
-    return listing, folder
+    return listing
 
 
 def _require(operation: str, argument: str, value: object, kind: type, name: str) -> None:

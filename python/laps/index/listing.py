@@ -55,12 +55,22 @@ class Listing:
     """Files, sorted by path, and what could not be looked at, in words.
 
     Attributes:
+        folder: the absolute path of the folder that they are below; None for single files.
         images: the files.
         errors: what the system refused, with the path.
     """
 
+    folder: str | None = None
     images: list[ListedImage] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+
+    def require_images(self, operation: str, source: object) -> None:
+        """Raise LapsValueError, naming the source, if there is none."""
+        if not self.images:
+            got = f"{len(self.errors)} that cannot be read" if self.errors else None
+            raise LapsValueError(
+                _check.message(operation, f"{source} has no image files", "at least one", got)
+            )
 
 
 def list_folder(folder: Path, transform: ImageTransform | RegionTransform) -> Listing:
@@ -77,7 +87,7 @@ def list_folder(folder: Path, transform: ImageTransform | RegionTransform) -> Li
     if not os.path.isdir(top):
         state = "is a file" if os.path.exists(top) else "is missing"
         raise LapsValueError(_check.message("Index.add", f"{folder} {state}", "a folder of images"))
-    found = Listing()
+    found = Listing(top)
     for entry in _walk(top, set(), found):
         if os.path.splitext(entry.name)[1].lower() in suffixes:
             _add(found, entry.path)

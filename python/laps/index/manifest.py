@@ -11,10 +11,11 @@ from typing import Any
 
 from .. import _check
 from .._files import write_atomically
+from .._index_options import STORAGES
 from .._json_files import read_object
 from ..errors import LapsError, LapsValueError
 from .checksum import checksum
-from .records import STORAGES, RecordLayout
+from .records import RecordLayout
 from .shards import ShardEntry
 
 __all__ = [
@@ -39,7 +40,7 @@ class Manifest:
     """One state of an index.
 
     Attributes:
-        storage: one of :data:`laps.index.records.STORAGES`.
+        storage: one of :data:`laps.index.STORAGES`.
         model: fingerprint of the model.
         generation: counts the commits.
         layout: of the records; None until there is a shard.

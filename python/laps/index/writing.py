@@ -160,22 +160,21 @@ class Plan:
     done: Added
 
 
-def plan(folder: Path, snapshot: Snapshot, listing: Listing, source: str | None, *, prune: bool) -> Plan:
+def plan(folder: Path, snapshot: Snapshot, listing: Listing, *, prune: bool) -> Plan:
     """Compare the newest state of an index with a listing, and commit what is gone; see `laps.Index.add`.
 
     Args:
         folder: of the index.
         snapshot: its newest state.
         listing: the files as they are.
-        source: the absolute path of the folder that was listed; None for single files.
-        prune: whether to delete what is below `source` and certainly gone.
+        prune: whether to delete what is below the folder that was listed and certainly gone.
 
     Raises:
-        LapsValueError: to prune, but there is no image at all below `source` any more.
+        LapsValueError: to prune, but there is no image at all below that folder any more.
     """
     state, known = snapshot.manifest, snapshot.positions
     entries = list(snapshot.entries())
-    gone = _gone(known, listing, source) if prune and source is not None else []
+    gone = _gone(known, listing, listing.folder) if prune and listing.folder is not None else []
     if gone:
         state = delete(folder, snapshot, gone)
     wanted = [
@@ -187,7 +186,7 @@ def plan(folder: Path, snapshot: Snapshot, listing: Listing, source: str | None,
     return Plan(
         state=state,
         roots=roots,
-        wanted=[(image, _entry(image, roots, source)) for image in wanted],
+        wanted=[(image, _entry(image, roots, listing.folder)) for image in wanted],
         replaced={image.path: _row(snapshot, known[image.path]) for image in wanted if image.path in known},
         done=Added(
             unchanged=len(listing.images) - len(wanted), deleted=len(gone), skipped=len(listing.errors)
