@@ -112,6 +112,52 @@ def test_train_then_eval_gives_recalls_as_a_table_json_and_csv(
         assert len(list(csv.reader(file))) >= 2
 
 
+def test_eval_skips_faults_of_the_listing_and_never_an_image(
+    trained: Path, scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load(scenes, "test")
+    rows = [
+        {"image": str(data.image_paths[i]), "caption": text}
+        for i, text in zip(data.caption_to_image.tolist(), data.captions, strict=True)
+    ]
+    rows.insert(3, {"image": str(data.image_paths[1]), "caption": "half \ud800"})
+    pairs = tmp_path / "test.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["eval", trained / "best", pairs, *FAST, "--quiet", "--json", tmp_path / "r.json"]
+    capsys.readouterr()
+
+    status, output, error = called(capsys, *arguments)
+    assert (status, output, error.count("\n")) == (2, "", 1)
+    assert error.startswith(f"laps: load: {pairs}:4: the caption is no text")
+    assert not (tmp_path / "r.json").exists()
+    status, _, error = called(capsys, *arguments, "--on-error", "skip")
+    assert (status, error.count("\n")) == (0, 1)
+    assert error.startswith(f"laps: load: test.jsonl/test: left out 1: {pairs}:4: the caption is no text")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert [result["settings"][name] for name in ("images", "captions")] == [8, 16]
+    model = laps.LAPS.from_pretrained(trained / "best")
+    assert result["metrics"] == laps.evaluate(model, data, progress=False).metrics
+
+    (tmp_path / "a.jpg").write_bytes(data.image_paths[0].read_bytes()[:300])
+    for name, match in (("a.jpg", "a.jpg cannot be read"), ("none.jpg", "none.jpg, which is missing")):
+        pairs.write_text("".join(json.dumps(r) + "\n" for r in [*rows, {"image": name, "caption": "a disc"}]))
+        status, output, error = called(capsys, *arguments, "--on-error", "skip", "--images", tmp_path)
+        assert (status, output) == (2, "")
+        assert match in error
+
+
+def test_of_all_ranks_the_first_says_what_is_wrong_with_the_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "laps eval: the following arguments are required: model, data (see laps eval --help)\n"
+    monkeypatch.delenv("RANK", raising=False)
+    assert called(capsys, "eval") == (2, "", said)
+    monkeypatch.setenv("RANK", "0")
+    assert called(capsys, "eval") == (2, "", said)
+    monkeypatch.setenv("RANK", "1")
+    assert called(capsys, "eval") == (2, "", "")
+
+
 def test_train_takes_the_presets_recipe_and_the_options_over_it(trained: Path) -> None:
     config = json.loads((trained / "config.json").read_text())
 

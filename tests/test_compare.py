@@ -7,6 +7,10 @@ import importlib
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +19,7 @@ import laps
 import PIL.Image
 import pytest
 import yaml
+from _models import ENVIRONMENT
 from laps import compare
 from laps.cli import main
 from laps.compare.settings import Scenes
@@ -294,6 +299,28 @@ def test_what_changes_no_result_may_change(tmp_path: Path, monkeypatch: pytest.M
         changed = replace(comparison, **change)  # type: ignore[arg-type]
         with pytest.raises(laps.LapsValueError, match="other settings"):
             fake(changed, tmp_path / "out", monkeypatch)
+
+
+def test_a_command_that_a_signal_ends_says_that_the_same_goes_on(tmp_path: Path) -> None:
+    train = {**TINY["train"], "epochs": 500}
+    file = written(tmp_path, seeds=[0], start=None, train=train, rows=TINY["rows"][:1])
+    arguments = ["compare", file, "--out", tmp_path / "out", "--device", "cpu", "--num-workers", 0, "--quiet"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "laps.cli", *map(str, arguments)],
+        env=ENVIRONMENT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list((tmp_path / "out").glob("*/seed-0/last/state.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGTERM
+    (line,) = (line for line in error.splitlines() if line.startswith("laps: "))
+    assert line.startswith("laps: Trainer: SIGTERM after step ")
+    assert line.endswith("/last; the same command goes on from there")
+    assert "resume" not in error
 
 
 def test_the_encoders_of_another_loss_are_no_start(tmp_path: Path) -> None:

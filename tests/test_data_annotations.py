@@ -200,7 +200,7 @@ def test_lists_of_albef_are_read_from_a_folder_of_them(tmp_path: Path) -> None:
         ({"caption": "x"}, ("entry 1", "'image'")),
         ({"image": "a.jpg"}, ("entry 1", "'caption'", "only image")),
         ({"image": "a.jpg", "caption": ["x", 3]}, ("entry 1", "'caption'", "3")),
-        ({"image": "a.jpg", "caption": {"raw": "x"}}, ("entry 1", "'caption'", "raw")),
+        ({"image": "a.jpg", "caption": {"words": "x"}}, ("entry 1", "'caption'", "words")),
         ({"image": 7, "caption": "x"}, ("entry 1", "'image'", "7")),
         ("a.jpg", ("entry 1", "str")),
         ({"image": "a.jpg", "caption": [""]}, ("entry 1", "empty caption")),

@@ -317,7 +317,7 @@ def test_what_is_missing_or_empty_is_kept_if_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("p.csv", "picture,caption\na.jpg,x\n", ("wrong columns", "picture,caption")),
+        ("p.csv", "picture,caption\na.jpg,x\n", ("no column of image files", "picture, caption")),
         ("p.csv", "image,caption\na.jpg,x\na.jpg\n", (":3 is malformed", "2 cells")),
         ("p.csv", 'image,caption\na.jpg,"x"y\n', (":2 is malformed",)),
         ("p.csv", 'image,caption\na.jpg,"x\n', (":2 is malformed",)),
@@ -331,7 +331,7 @@ def test_what_is_missing_or_empty_is_kept_if_asked(tmp_path: Path) -> None:
         ("p.csv", "image,caption,split\na.jpg,x,all\na.jpg,x,test\n", ("mixed up", "a.jpg")),
         ("p.jsonl", '{"image": "a.jpg", "caption": "x"}\n{"image": \n', (":2 is malformed",)),
         ("p.jsonl", "[1]\n", (":1 is no object",)),
-        ("p.jsonl", '{"image": "a.jpg"}\n', (":1", "'caption'")),
+        ("p.jsonl", '{"image": "a.jpg"}\n', (":1 has no column of captions", "got image")),
         ("p.jsonl", '{"image": "a.jpg", "caption": null}\n', (":1", "'caption'", "None")),
         ("p.tsv", b"image\tcaption\na.jpg\t\xff\n", ("not UTF-8",)),
     ],

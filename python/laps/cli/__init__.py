@@ -7,10 +7,12 @@ import io
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from .. import __version__, _check
+from .._launch import WAIT
 from ..errors import LapsError
 from .compare import add_compare
 from .convert import add_convert
@@ -59,9 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: the usage of `laps train` fills a screen."""
+    """Says what is wrong in one line, once for all ranks: the usage of `laps train` fills a screen."""
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("RANK", "0") != "0":
+            # All were started with the same words. The first rank that ends has torchrun end the others,
+            # which is not to happen before rank 0 has spoken.
+            time.sleep(WAIT)
+            self.exit(2)
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 

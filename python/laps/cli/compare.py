@@ -32,6 +32,7 @@ def _compare(options: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from .. import compare
+    from ..train import TrainingStoppedError
 
     if options.config is None:
         for name, path in compare.configs().items():
@@ -41,14 +42,18 @@ def _compare(options: argparse.Namespace) -> int:
     if options.seeds:
         comparison = replace(comparison, seeds=tuple(options.seeds))
     out = options.out or Path("out/compare") / Path(options.config).stem
-    table = compare.run(
-        comparison,
-        out,
-        rows=options.rows,
-        device=options.device,
-        num_workers=options.num_workers,
-        progress=not options.quiet,
-    )
+    try:
+        table = compare.run(
+            comparison,
+            out,
+            rows=options.rows,
+            device=options.device,
+            num_workers=options.num_workers,
+            progress=not options.quiet,
+        )
+    except TrainingStoppedError as error:
+        words = str(error).replace("resume=True", "the same command")
+        raise TrainingStoppedError(words, error.signal_number) from error
     print(table)
     print(f"tables: {out}/table.md, .tex, .csv, .json")
     return 0

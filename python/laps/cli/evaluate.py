@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import _check
 from ._options import (
     add_amp,
     add_batch_size,
@@ -18,6 +21,7 @@ from ._options import (
 from ._ranks import on_ranks
 
 if TYPE_CHECKING:
+    from ..data import RetrievalData
     from ..distributed import Ranks
 
 __all__ = ["add_eval"]
@@ -28,6 +32,14 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--split", default="test", metavar="NAME", help="what to evaluate on (default: test)")
     add_images(parser)
+    parser.add_argument(
+        "--on-error",
+        choices=("raise", "skip"),
+        default="raise",
+        help="of the listing: skip leaves out captions that are no text and malformed samples of shards, and "
+        "says how many; a listed image that cannot be read is always an error, as recall among fewer images "
+        "is another number (default: raise)",
+    )
     parser.add_argument(
         "--folds", type=int, metavar="N", help="also the mean over N folds of the images; 5 for COCO 1K"
     )
@@ -54,7 +66,7 @@ def _eval(ranks: Ranks, options: argparse.Namespace) -> int:
 
     from .._device import choose_device
     from .._files import require_writable
-    from ..data import RegionTransform, load
+    from ..data import RegionTransform
     from ..evaluation import evaluate
     from ..model import LAPS
 
@@ -65,7 +77,7 @@ def _eval(ranks: Ranks, options: argparse.Namespace) -> int:
     device = choose_device("laps eval", options.device)
     model = LAPS.from_pretrained(options.model).to(device)
     regions = isinstance(model.transform, RegionTransform)
-    data = load(options.data, options.split, images=options.images, regions=regions)
+    data = _loaded(ranks, options, regions)
     result = evaluate(
         model,
         data,
@@ -88,3 +100,20 @@ def _eval(ranks: Ranks, options: argparse.Namespace) -> int:
     if options.csv is not None:
         result.save_csv(options.csv)
     return 0
+
+
+def _loaded(ranks: Ranks, options: argparse.Namespace, regions: bool) -> RetrievalData:
+    """The split; rank 0 says what was left out of it, as a line of the command's own."""
+    from ..data import load
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        data = load(
+            options.data, options.split, images=options.images, regions=regions, on_error=options.on_error
+        )
+    for warning in caught:
+        if not str(warning.message).startswith("load: "):
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        elif ranks.main:
+            print(f"laps: {_check.printable(str(warning.message))}", file=sys.stderr)
+    return data

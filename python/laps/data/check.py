@@ -154,6 +154,7 @@ def check(
     splits: Sequence[str] | None = None,
     tokenizer: CaptionTokenizer | None = None,
     max_length: int | None = None,
+    caption_column: str | Sequence[str] | None = None,
     threads: int = 8,
     progress: bool = True,
 ) -> CheckReport:
@@ -171,6 +172,7 @@ def check(
         tokenizer: with it, captions without tokens count as empty too, and long ones are reported. Without,
             captions count as empty in which nothing is visible.
         max_length: the most tokens of a caption, start and end included; None takes the tokenizer's.
+        caption_column: as for :func:`laps.data.load`.
         threads: how many images are read at once.
         progress: whether to show a bar, on a terminal or in a notebook.
 
@@ -196,7 +198,9 @@ def check(
     limit = tokenizer.max_length if tokenizer is not None and max_length is None else max_length
     folder = None if images is None else Path(images)
     source = detect(operation, Path(path))
-    found = listings(operation, source, regions=transform is not None, images=folder)
+    found = listings(
+        operation, source, regions=transform is not None, images=folder, caption_column=caption_column
+    )
     chosen = _chosen(operation, path, found, splits)
     paths = {
         name: listing.paths(operation, folder) if listing.files else [] for name, listing in chosen.items()

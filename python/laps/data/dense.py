@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
 from .listing import is_blank
-from .parsers import PAIR_SUFFIXES, field_of, json_of, pair_rows, text_of, unrepeated
+from .pairs import PAIR_SUFFIXES, Pair, listed_pairs, pair_rows
+from .parsers import field_of, json_of, text_of, unrepeated
 from .records import RetrievalData
 from .regions import ARCHIVE_END
 from .tokenizer import CaptionTokenizer
@@ -29,7 +29,8 @@ def read_dense_captions(file: str | Path, data: RetrievalData) -> list[str]:
 
     Args:
         file: a JSON object ``{"image.jpg": "text", ...}``, a JSON list of ``{"image": ..., "caption": ...}``,
-            or csv, tsv or JSONL with columns ``image`` and ``caption``. An image is named by its path or the
+            or csv, tsv or JSONL with columns ``image`` and ``caption``, or others of the names that
+            docs/data.md lists. An image is named by its path or the
             end of that; regions in an ``.npz`` file by its photograph too, rows of ``train_ims.npy`` as
             ``train_ims.npy/7``. Images that `data` has not are passed over.
         data: the training split.
@@ -128,24 +129,24 @@ def _texts(file: Path) -> dict[str, str]:
     return texts
 
 
-def _entries(file: Path) -> list[tuple[str, str, str]]:
+def _entries(file: Path) -> Iterator[tuple[str, str, str]]:
     """Place, image and text of every entry."""
+    rows: Iterable[tuple[str, Pair]]
     if file.suffix in PAIR_SUFFIXES:
-        rows: list[tuple[str, Any]] = [(f"{file}:{line}", row) for line, row in pair_rows(OPERATION, file)]
+        rows = ((f"{file}:{line}", pair) for line, pair in pair_rows(OPERATION, file))
     else:
         hook = partial(unrepeated, OPERATION, str(file))
         content = json_of(OPERATION, text_of(OPERATION, file), file, object_pairs_hook=hook)
         if isinstance(content, dict):
-            rows = [
-                (f"{file}: {image}", {"image": image, "caption": text}) for image, text in content.items()
-            ]
-        elif isinstance(content, list):
-            rows = [(f"{file}: entry {number}", row) for number, row in enumerate(content)]
-        else:
+            for image, text in content.items():
+                place = f"{file}: {image}"
+                yield place, image, field_of(OPERATION, place, {"caption": text}, "caption")
+            return
+        if not isinstance(content, list):
             raise LapsValueError(
                 _check.message(OPERATION, f"{file} lists nothing", "a list or an object", content)
             )
-    return [
-        (place, field_of(OPERATION, place, row, "image"), field_of(OPERATION, place, row, "caption"))
-        for place, row in rows
-    ]
+        rows = listed_pairs(OPERATION, file, content)
+    for place, pair in rows:
+        for text in pair.captions:
+            yield place, pair.image, text

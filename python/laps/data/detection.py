@@ -11,7 +11,8 @@ from ..errors import LapsValueError
 from .hub import SAVED_DICT, saved_splits
 from .hub_rows import PARQUET_END, is_saved
 from .json_files import json_kind
-from .parsers import CAPTIONS_END, PAIR_SUFFIXES, is_name_list, pair_files
+from .pairs import PAIR_SUFFIXES, pair_files, split_of_file
+from .parsers import CAPTIONS_END, is_name_list
 from .regions import REGIONS_END
 from .shards import shard_files
 from .splits import canonical_split, files_of_splits, grouped, in_order, split_of_name
@@ -26,7 +27,8 @@ FILES = (
 )
 FOLDERS = (
     f"dataset*.json, *{CAPTIONS_END}, a csv, tsv or JSONL file, or one of these for each split; "
-    f"captions_*.json, *train*.json, *test*.txt, ...; *{PARQUET_END}; *{TAR_END}; a data set of save_to_disk"
+    f"captions_*.json, *train*.json, *test*.txt, ...; *{PARQUET_END}; *{TAR_END}; "
+    "a data set of save_to_disk; train/metadata.csv, ... of imagefolder"
 )
 # Where the files of a data set are, if not in its folder itself.
 INNER = ("annotations", "annotation", "data")
@@ -42,7 +44,7 @@ class Source:
         kind: "json" (Karpathy's, COCO's or ALBEF's, as its content tells), "karpathy" (that alone),
             "caption_files", "name_lists", "pairs", "saved", "parquet" or "shards".
         path: the file or folder, for messages.
-        files: those to read, in order; of "caption_files" and a folder of pairs the folder.
+        files: those to read, in order; of "caption_files" the folder.
         groups: of containers, the files by the split that their names tell.
     """
 
@@ -188,9 +190,9 @@ def _shards(operation: str, path: Path) -> list[Source]:
 
 def _pairs(path: Path) -> list[Source]:
     files = pair_files(path)
-    splits = {split_of_name(file.stem) for file in files}
+    splits = {split_of_file(file) for file in files}
     if len(files) > 1 and None not in splits and len(splits) == len(files):
-        return [Source("pairs", path, (path,))]
+        return [Source("pairs", path, tuple(files))]
     return [Source("pairs", file, (file,)) for file in files]
 
 

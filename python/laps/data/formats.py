@@ -6,7 +6,7 @@
   lists of ALBEF and BLIP, ``[{"image", "caption"}, ...]``, a file for each split;
 - caption files, of SCAN, VSE-infinity, LAPS: ``{split}_caps.txt``, ``{split}_ids.txt``, ``id_mapping.json``;
 - CLIP_benchmark's text files of lines ``NAME.jpg,CAPTION``, a file for each split;
-- pairs: csv, tsv or JSONL with columns ``image``, ``caption`` and perhaps ``split``;
+- pairs: csv, tsv, JSONL or a list in JSON with columns of names, captions and perhaps splits;
 - data sets of the library `datasets`: folders of ``save_to_disk``, and parquet files;
 - shards: tar files of webdataset, img2dataset and CLIP_benchmark.
 
@@ -17,22 +17,24 @@ and shards every row or sample is an image of its own.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 from .. import _check
 from ..errors import LapsValueError
+from .columns import chosen_captions
 from .detection import CONTAINERS, Source, detect
 from .hub import parse_rows
 from .json_files import parse_json
 from .listing import Listing
+from .pairs import parse_pairs
 from .parsers import (
     CAPTIONS_END,
     json_of,
     parse_caption_files,
     parse_karpathy,
     parse_name_lists,
-    parse_pairs,
     text_of,
 )
 from .records import RetrievalData
@@ -44,6 +46,8 @@ __all__ = ["load", "read_caption_files", "read_karpathy", "read_pairs"]
 
 KEEP = ("raise", "keep")
 ON_ERROR = ("raise", "skip")
+# Formats that have columns; "json" may be one.
+TABLES = ("pairs", "parquet", "saved", "json")
 
 
 # ---- public readers
@@ -58,6 +62,7 @@ def load(
     on_missing: str = "raise",
     on_empty: str = "raise",
     on_error: str = "raise",
+    caption_column: str | Sequence[str] | None = None,
 ) -> RetrievalData:
     """Read one split of a data set, whatever its format.
 
@@ -77,13 +82,16 @@ def load(
             reader of the captions.
         on_error: "raise" refuses what cannot be taken: a caption that is no text (half of a surrogate pair),
             a malformed sample of a shard, a damaged shard. "skip" leaves it out, and warns once.
+        caption_column: of tables, the column of the captions, or several; None: the one that is called so,
+            see docs/data.md for the names.
 
     Raises:
         LapsValueError: a missing file or folder (the message lists where it looked), an unknown split (lists
             those present), malformed content or an empty caption (names file and line), ids that do not fit
             their captions, a caption whose image is absent, one image in two splits of a file, a damaged
             shard, a folder of no known or of more than one format (lists what it holds), regions where images
-            are expected or the reverse. LapsImportError: the library `datasets` is needed and not installed.
+            are expected or the reverse, a table of which several columns may be the captions, or may name the
+            images (names them). LapsImportError: the library `datasets` is needed and not installed.
 
     Example:
         >>> import tempfile, pathlib, laps.data
@@ -94,7 +102,7 @@ def load(
         ['a cat', 'a black cat']
     """
     source = detect("load", Path(path))
-    return _read("load", source, split, images, on_missing, on_empty, regions, on_error)
+    return _read("load", source, split, images, on_missing, on_empty, regions, on_error, caption_column)
 
 
 def read_karpathy(
@@ -139,7 +147,7 @@ def read_pairs(
     on_missing: str = "raise",
     on_empty: str = "raise",
 ) -> RetrievalData:
-    """Read a csv, tsv or JSONL file with ``image``, ``caption`` and perhaps ``split``; see :func:`load`."""
+    """Read a csv, tsv or JSONL file of names, captions and perhaps splits; see :func:`load`."""
     source = Source("pairs", Path(file), (Path(file),))
     return _read("read_pairs", source, split, images, on_missing, on_empty)
 
@@ -153,13 +161,14 @@ def _read(
     on_empty: str,
     regions: bool = False,
     on_error: str = "raise",
+    caption_column: object = None,
 ) -> RetrievalData:
     _check.choice(operation, "on_error", on_error, ON_ERROR)
     _check.choice(operation, "on_missing", on_missing, KEEP)
     _check.choice(operation, "on_empty", on_empty, KEEP)
     _check.flag(operation, "regions", regions)
     folder = None if images is None else Path(images)
-    found = listings(operation, source, split, regions=regions, images=folder)
+    found = listings(operation, source, split, regions=regions, images=folder, caption_column=caption_column)
     if not any(listing.files or listing.faults for listing in found.values()):
         raise LapsValueError(_check.message(operation, f"{source.path} lists no image", "at least one"))
     listing = found[choose_split(operation, source.path, split, list(found))]
@@ -180,24 +189,30 @@ def listings(
     *,
     regions: bool = False,
     images: Path | None = None,
+    caption_column: object = None,
 ) -> dict[str, Listing]:
     """The splits of a source by name; of files that are one per split by format, `split` alone if given.
 
     `images` is the folder of files of rows, which have to be read for it; None: that of the captions.
 
-    Raises LapsValueError where it lists regions and images are expected, or the reverse.
+    Raises LapsValueError where it lists regions and images are expected, or the reverse; or where it has no
+    columns, and `caption_column` is given.
     """
     path = source.path
+    chosen = chosen_captions(operation, caption_column)
+    if chosen is not None and source.kind not in TABLES:
+        expected = "a table: csv, tsv, JSONL, parquet, a list in JSON, a data set of save_to_disk"
+        raise LapsValueError(_check.message(operation, f"caption_column, but {path} has none", expected))
     if source.kind == "karpathy":
         found = parse_karpathy(operation, path, json_of(operation, text_of(operation, path), path))
     elif source.kind == "json":
-        found = parse_json(operation, source.files)
+        found = parse_json(operation, source.files, chosen)
     elif source.kind == "name_lists":
         found = parse_name_lists(operation, source.files)
     elif source.kind == "pairs":
-        found = parse_pairs(operation, path)
+        found = parse_pairs(operation, source.files, chosen)
     elif source.kind in CONTAINERS:
-        return _of_containers(operation, source, split, regions, images)
+        return _of_containers(operation, source, split, regions, images, chosen)
     else:
         if not path.is_dir():
             raise LapsValueError(_check.message(operation, f"{path} is missing", "a folder"))
@@ -213,7 +228,12 @@ def listings(
 
 
 def _of_containers(
-    operation: str, source: Source, split: str | None, regions: bool, images: Path | None
+    operation: str,
+    source: Source,
+    split: str | None,
+    regions: bool,
+    images: Path | None,
+    chosen: tuple[str, ...] | None,
 ) -> dict[str, Listing]:
     """Files that hold their images, so that nothing else is looked for."""
     groups = source.groups or {}
@@ -225,13 +245,13 @@ def _of_containers(
         raise LapsValueError(
             _check.message(operation, f"{source.path} holds its images itself", expected, images)
         )
-    chosen = None
+    wanted_split = None
     if split is not None and (source.kind == "shards" or len(groups) > 1):
-        chosen = choose_split(operation, source.path, split, list(groups))
+        wanted_split = choose_split(operation, source.path, split, list(groups))
     if source.kind == "shards":
-        wanted = groups if chosen is None else [chosen]
+        wanted = groups if wanted_split is None else [wanted_split]
         return {name: parse_shards(operation, groups[name], name) for name in wanted}
-    return parse_rows(operation, source.kind, source.path, groups, chosen)
+    return parse_rows(operation, source.kind, source.path, groups, wanted_split, chosen)
 
 
 def _of_caption_files(

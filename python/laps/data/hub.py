@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import _check
 from ..errors import LapsTypeError, LapsValueError
+from .columns import (
+    chosen_captions,
+    find_captions,
+    find_id,
+    find_split,
+    known_captions,
+    several_captions,
+)
 from .hub_rows import (
     column_types,
     find_image_column,
@@ -19,6 +26,7 @@ from .hub_rows import (
     wrong_columns,
 )
 from .listing import Listing
+from .pairs import texts_of
 from .parsers import field_of, json_of, text_of
 from .records import RetrievalData
 from .splits import canonical_split
@@ -27,17 +35,9 @@ __all__ = ["SAVED_DICT", "from_dataset", "parse_rows", "saved_splits"]
 
 # What DatasetDict.save_to_disk writes beside the folders of its splits.
 SAVED_DICT = "dataset_dict.json"
-# Of several columns that could be captions, the first of these.
-CAPTION_NAMES = ("caption", "captions", "text", "txt", "sentences", "sentence", "raw")
-EXPECTED = (
-    f"strings or lists of strings in {', '.join(CAPTION_NAMES)} or caption_0, caption_1, ... "
-    "(or from_dataset with caption_column=...)"
-)
-NUMBERED = re.compile(rf"({'|'.join(CAPTION_NAMES)})_?\d+")
-# The column that tells a row's split, where the files do not.
-SPLIT = "split"
-# Rows of one caption each that are equal here show the same image.
-ID_NAMES = ("image_id", "img_id", "imgid", "cocoid")
+EXPECTED = f"strings or lists of strings in {known_captions()} (or caption_column=...)"
+# How many rows' texts are in memory at once: Karpathy's sentences come with their words.
+BATCH = 10_000
 
 
 def from_dataset(
@@ -55,15 +55,16 @@ def from_dataset(
     Args:
         dataset: one split, a ``datasets.Dataset``.
         image_column: of encoded images; None: the one of type ``Image``, or called image, jpg, png, webp.
-        caption_column: of strings or lists of strings, or several of these; None: caption, captions, text,
-            txt, sentences, raw, or caption_0, caption_1, ... Rows of one string each with an equal image_id
-            (or img_id, imgid, cocoid) are captions of one image.
+        caption_column: of strings, of Karpathy's ``{"raw": string, ...}``, or of lists of either; or several
+            of these; None: the one that is called so, see docs/data.md for the names. Rows of one string each
+            with an equal image_id (or img_id, imgid, cocoid) are captions of one image.
         on_empty: "raise" refuses an empty caption, "keep" leaves that to the reader of the captions.
 
     Raises:
         LapsImportError: the library is not installed.
         LapsTypeError: not a Dataset, for example a DatasetDict, or one that is streamed.
-        LapsValueError: no such column, or none that fits (lists those present), no row, an empty caption.
+        LapsValueError: no such column, none that fits (lists those present), several that may be meant (names
+            them), no row, an empty caption.
 
     Example:
         >>> import datasets, io, PIL.Image, laps.data
@@ -88,7 +89,7 @@ def from_dataset(
         got = _check.name_of(dataset)
         raise LapsTypeError(_check.message(operation, "dataset is wrong", "datasets.Dataset", got))
     rows = image_rows(dataset, find_image_column(operation, "dataset", dataset, image_column))
-    columns = _caption_columns(operation, "dataset", dataset, caption_column)
+    columns = _caption_columns(operation, "dataset", dataset, chosen_captions(operation, caption_column))
     container = Path(f"dataset-{rows._fingerprint}")
     split = "all" if dataset.split is None else str(dataset.split)
     listing = Listing(f"dataset/{split}", "{}", [Path()])
@@ -111,12 +112,18 @@ def saved_splits(operation: str, folder: Path) -> dict[str, Path]:
 
 
 def parse_rows(
-    operation: str, kind: str, path: Path, groups: Mapping[str, Sequence[Path]], split: str | None
+    operation: str,
+    kind: str,
+    path: Path,
+    groups: Mapping[str, Sequence[Path]],
+    split: str | None,
+    chosen: tuple[str, ...] | None = None,
 ) -> dict[str, Listing]:
     """The splits of parquet files ("parquet") or saved folders ("saved"), grouped by what their names tell.
 
     Of several groups each is a split (of which only `split` is read, if given); of a single one a column
-    ``split`` tells, where there is one.
+    ``split`` tells, where there is one. `chosen` are the columns of the captions, where their names are not
+    to tell.
     """
     found: dict[str, Listing] = {}
 
@@ -133,8 +140,9 @@ def parse_rows(
             rows = open_rows(operation, kind, container)
             # The column is looked for now, so that a wrong file is named before any image is opened.
             find_image_column(operation, container, rows)
-            columns = _caption_columns(operation, container, rows, None)
-            own = SPLIT if len(groups) == 1 and _is_text(column_types(rows).get(SPLIT)) else None
+            columns = _caption_columns(operation, container, rows, chosen)
+            texts = [name for name, kind_ in column_types(rows).items() if _is_text(kind_)]
+            own = find_split(operation, container, texts) if len(groups) == 1 else None
             reader.add(container, rows, columns, split=group, split_column=own)
     return found
 
@@ -143,40 +151,50 @@ def parse_rows(
 
 
 def _caption_columns(
-    operation: str, place: object, rows: Any, chosen: str | Sequence[str] | None
-) -> list[str]:
+    operation: str, place: object, rows: Any, chosen: tuple[str, ...] | None
+) -> tuple[str, ...]:
     types = column_types(rows)
+    for column in chosen or ():
+        if column not in types:
+            raise wrong_columns(operation, place, f"no column {column!r}", EXPECTED, rows)
+        if not _is_captions(types[column]):
+            raise wrong_columns(operation, place, f"no captions in the column {column!r}", EXPECTED, rows)
     if chosen is not None:
-        columns = [chosen] if isinstance(chosen, str) else list(chosen)
-        for column in columns:
-            if column not in types:
-                raise wrong_columns(operation, place, f"no column {column!r}", EXPECTED, rows)
-            if not _is_captions(types[column]):
-                raise wrong_columns(operation, place, f"no captions in the column {column!r}", EXPECTED, rows)
-        if columns:
-            return columns
-    fitting = [name for name, kind in types.items() if _is_captions(kind)]
-    usual = [name for name in CAPTION_NAMES if name in fitting]
-    if usual:
-        return usual[:1]
-    numbered = [name for name in fitting if NUMBERED.fullmatch(name)]
-    stems = {name.rstrip("0123456789") for name in numbered}
-    if len(stems) == 1:
-        return sorted(numbered, key=lambda name: int(name.removeprefix(next(iter(stems)))))
-    raise wrong_columns(operation, place, "no column of captions", EXPECTED, rows)
+        return chosen
+    found = find_captions([name for name, kind in types.items() if _is_captions(kind)])
+    if not found:
+        raise wrong_columns(operation, place, "no column of captions", EXPECTED, rows)
+    if len(found) > 1:
+        raise several_captions(operation, place, found)
+    return found[0]
 
 
 def _is_text(kind: Any) -> bool:
     import pyarrow.types as of
 
-    return kind is not None and bool(of.is_string(kind) or of.is_large_string(kind))
+    return bool(of.is_string(kind) or of.is_large_string(kind))
+
+
+def _is_caption(kind: Any) -> bool:
+    """One string, or Karpathy's {"raw": string, ...}."""
+    return _is_text(_raw(kind))
 
 
 def _is_captions(kind: Any) -> bool:
+    """One or many; the library has a list of objects also as an object of lists."""
     import pyarrow.types as of
 
+    kind = _raw(kind)
     lists = of.is_list(kind) or of.is_large_list(kind) or of.is_fixed_size_list(kind)
-    return _is_text(kind.value_type if lists else kind)
+    return _is_caption(kind.value_type if lists else kind)
+
+
+def _raw(kind: Any) -> Any:
+    """The type of the key "raw" of objects; other types as they are."""
+    import pyarrow.types as of
+
+    there = of.is_struct(kind) and kind.get_field_index("raw") >= 0
+    return kind.field("raw").type if there else kind
 
 
 def _is_id(kind: Any) -> bool:
@@ -196,7 +214,7 @@ class _Reader:
         self,
         container: Path,
         rows: Any,
-        columns: list[str],
+        columns: Sequence[str],
         *,
         split: str = "all",
         split_column: str | None = None,
@@ -204,17 +222,17 @@ class _Reader:
         """Take all rows of a container, as images of `split`, or of what a column says."""
         types = column_types(rows)
         # A list of captions is all that an image has; strings may go on in other rows.
-        in_pairs = len(columns) == 1 and _is_text(types[columns[0]])
-        ids = next((name for name in ID_NAMES if in_pairs and name in types and _is_id(types[name])), None)
+        in_pairs = len(columns) == 1 and _is_caption(types[columns[0]])
+        ids = find_id(name for name, kind in types.items() if in_pairs and _is_id(kind))
         wanted = [*columns, *([split_column] if split_column else []), *([ids] if ids else [])]
-        cells = rows.select_columns(list(dict.fromkeys(wanted))).with_format(None)[:]
-        for row in range(len(rows)):
+        cells = rows.select_columns(list(dict.fromkeys(wanted))).with_format(None)
+        for row, entry in enumerate(_entries(cells)):
             place = f"{container}/{row}"
             name = split
             if split_column is not None:
-                name = canonical_split(field_of(self.operation, place, {SPLIT: cells[SPLIT][row]}, SPLIT))
+                name = canonical_split(field_of(self.operation, place, entry, split_column))
             listing = self.listing_of(name)
-            key = (name, cells[ids][row]) if ids else None
+            key = (name, entry[ids]) if ids else None
             if key is None or key[1] is None or key not in self._images:
                 image = listing.add_member(container / str(row))
                 if key is not None:
@@ -222,8 +240,13 @@ class _Reader:
             else:
                 image = self._images[key]
             for column in columns:
-                cell = cells[column][row]
-                for text in [cell] if isinstance(cell, str) else cell or []:
-                    # An image may have fewer captions than there are columns.
-                    if text is not None:
+                # An image may have fewer captions than there are columns.
+                if entry[column] is not None:
+                    for text in texts_of(self.operation, place, entry, column):
                         listing.add_caption(image, text, place)
+
+
+def _entries(rows: Any) -> Iterator[dict[str, Any]]:
+    for batch in rows.iter(BATCH):
+        for cells in zip(*batch.values(), strict=True):
+            yield dict(zip(batch, cells, strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import _check
 from ..errors import LapsImportError, LapsValueError
+from .columns import find_encoded_images, names_files, urls_among
 
 __all__ = [
     "PARQUET_END",
@@ -31,8 +32,6 @@ __all__ = [
 PARQUET_END = ".parquet"
 # What a folder of Dataset.save_to_disk holds.
 SAVED = ("state.json", "dataset_info.json")
-# Of several columns that could be the image, the first of these; of bytes without a type no other counts.
-IMAGE_NAMES = ("image", "jpg", "jpeg", "png", "webp", "img", "picture")
 
 # By path: when the file was written, the data set, and its image column alone.
 _opened: dict[str, tuple[int, Any]] = {}
@@ -115,12 +114,17 @@ def find_image_column(operation: str, place: object, rows: Any, chosen: str | No
         return chosen
     sound = [name for name in types if type(rows.features[name]).__name__ in ("Audio", "Video")]
     fitting = [name for name, kind in types.items() if _is_image(kind) and name not in sound]
-    usual = [name for name in IMAGE_NAMES if name in fitting]
-    typed = [name for name in fitting if not _is_bytes(types[name])]
-    if usual or len(typed) == 1:
-        return usual[0] if usual else typed[0]
-    what = "several columns of images" if typed else "no column of images"
-    raise wrong_columns(operation, place, what, expected, rows)
+    # Of bytes without a type only the usual names count.
+    found = find_encoded_images(fitting) or [name for name in fitting if not _is_bytes(types[name])]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise wrong_columns(operation, place, "several columns of images", expected, rows)
+    if names_files(list(types)):
+        expected += "; names of files are read from JSONL, as Dataset.to_json writes it"
+    elif urls_among(types):
+        expected += "; addresses are not enough: download the images first, by img2dataset for example"
+    raise wrong_columns(operation, place, "no column of images", expected, rows)
 
 
 def wrong_columns(operation: str, place: object, what: str, expected: str, rows: Any) -> LapsValueError:

@@ -10,6 +10,7 @@ from typing import Any
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
+from .pairs import listed_pairs
 from .parsers import field_of, json_of, parse_karpathy, text_of
 from .splits import split_of_name
 
@@ -46,11 +47,16 @@ def json_kind(file: Path) -> str | None:
     return "coco" if start.startswith("{") and (has_names or called_so) else None
 
 
-def parse_json(operation: str, files: Sequence[Path]) -> dict[str, Listing]:
-    """The splits of one file of any of the three, or of several that hold one split each."""
+def parse_json(
+    operation: str, files: Sequence[Path], chosen: tuple[str, ...] | None = None
+) -> dict[str, Listing]:
+    """The splits of one file of any of the three, or of several that hold one split each.
+
+    `chosen` are the keys of the captions in a list, where their names are not to tell.
+    """
     found: dict[str, Listing] = {}
     for file in files:
-        for split, listing in _parse(operation, file).items():
+        for split, listing in _parse(operation, file, chosen).items():
             if split in found:
                 raise LapsValueError(
                     _check.message(
@@ -61,12 +67,14 @@ def parse_json(operation: str, files: Sequence[Path]) -> dict[str, Listing]:
     return found
 
 
-def _parse(operation: str, file: Path) -> dict[str, Listing]:
+def _parse(operation: str, file: Path, chosen: tuple[str, ...] | None) -> dict[str, Listing]:
     content = json_of(operation, text_of(operation, file), file)
-    # Karpathy's splits are the one layout that names them.
     if isinstance(content, list):
-        listing = _parse_list(operation, file, content)
-    elif isinstance(content, dict) and _is_coco(content):
+        return _parse_list(operation, file, content, chosen)
+    if chosen is not None:
+        raise LapsValueError(_check.message(operation, f"caption_column, but {file} is no list", "a list"))
+    # Karpathy's splits are the one layout of objects that names them.
+    if isinstance(content, dict) and _is_coco(content):
         listing = _parse_coco(operation, file, content)
     else:
         return parse_karpathy(operation, file, content)
@@ -135,27 +143,25 @@ def _no_captions(operation: str, what: str) -> LapsValueError:
     )
 
 
-# ---- ALBEF, BLIP
+# ---- ALBEF, BLIP, and any table that pandas has written as a list
 
 
-def _parse_list(operation: str, file: Path, content: list[Any]) -> Listing:
-    listing = _listing(file, f"{file}: entry {{}}")
-    for number, entry in enumerate(content):
-        place = f"{file}: entry {number}"
-        image = listing.add_image(field_of(operation, place, entry, "image"))
-        captions = entry.get("caption")
-        captions = [captions] if isinstance(captions, str) else captions
-        if not isinstance(captions, list) or not all(isinstance(text, str) for text in captions):
-            got = repr(captions) if "caption" in entry else f"only {', '.join(map(str, entry))}"
-            raise LapsValueError(
-                _check.message(
-                    operation, f"{place} has no usable 'caption'", "'caption': str or a list of str", got
-                )
-            )
-        for text in captions:
-            listing.add_caption(image, text, number)
-    listing.image_folders = _folders(file, listing.files)
-    return listing
+def _parse_list(
+    operation: str, file: Path, content: list[Any], chosen: tuple[str, ...] | None
+) -> dict[str, Listing]:
+    found: dict[str, Listing] = {}
+    of_file = split_of_name(file.stem) or "all"
+    for number, (_, pair) in enumerate(listed_pairs(operation, file, content, chosen)):
+        split = pair.split or of_file
+        if split not in found:
+            found[split] = Listing(f"{file.name}/{split}", f"{file}: entry {{}}", [])
+        image = found[split].add_image(pair.image)
+        for text in pair.captions:
+            found[split].add_caption(image, text, number)
+    for listing in found.values():
+        listing.image_folders = _folders(file, listing.files)
+    # Kept without entries too, so that a check sees it.
+    return found or {of_file: _listing(file, f"{file}: entry {{}}")}
 
 
 # ---- both

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +13,11 @@ import numpy as np
 from .. import _check
 from ..errors import LapsValueError
 from .listing import Listing, likely_folders
-from .splits import canonical_split, folded_split, split_of_name
+from .splits import canonical_split, split_of_name
 
 CAPTIONS_END = "_caps.txt"
-PAIR_SUFFIXES = (".csv", ".tsv", ".jsonl")
 # A line of a file of image names and captions: of the name all up to its first such ending.
 NAME_AND_CAPTION = re.compile(r"(.+?\.(?:jpe?g|png|webp|bmp|gif|tiff?)),(.*)", re.IGNORECASE)
-
-
-def pair_files(folder: Path) -> list[Path]:
-    """The files of a folder that may hold pairs."""
-    return sorted(file for suffix in PAIR_SUFFIXES for file in folder.glob(f"*{suffix}"))
 
 
 def text_of(operation: str, file: Path) -> str:
@@ -263,7 +254,7 @@ def parse_name_lists(operation: str, files: Sequence[Path]) -> dict[str, Listing
         for line, text in enumerate(text_of(operation, file).split("\n"), 1):
             entry = NAME_AND_CAPTION.fullmatch(text.rstrip("\r"))
             if entry is not None:
-                listing.add_caption(listing.add_image(entry[1]), _unquoted(entry[2].strip()), line)
+                listing.add_caption(listing.add_image(entry[1]), unquoted(entry[2].strip()), line)
             elif line > 1 and text.strip():
                 raise LapsValueError(
                     _check.message(operation, f"{file}:{line} is malformed", "NAME.jpg,CAPTION", text[:80])
@@ -271,98 +262,6 @@ def parse_name_lists(operation: str, files: Sequence[Path]) -> dict[str, Listing
     return found
 
 
-def parse_pairs(operation: str, path: Path) -> dict[str, Listing]:
-    found: dict[str, Listing] = {}
-    for file in pair_files(path) if path.is_dir() else [path]:
-        _add_pairs(operation, file, found)
-    return found
-
-
-def _add_pairs(operation: str, file: Path, found: dict[str, Listing]) -> None:
-    splits: dict[str, Listing] = {}
-    for line, row in pair_rows(operation, file):
-        place = f"{file}:{line}"
-        if "split" in row:
-            split = folded_split(field_of(operation, place, row, "split"))
-        else:
-            split = split_of_name(file.stem) or "all"
-        if split in found and found[split].files:
-            raise LapsValueError(
-                _check.message(operation, f"{place} continues {found[split].name}", "one file per split")
-            )
-        if split not in splits:
-            folders = likely_folders(file.parent, file.stem)
-            splits[split] = Listing(f"{file.name}/{split}", f"{file}:{{}}", folders)
-        if not isinstance(row.get("caption"), str):
-            field_of(operation, place, row, "caption")
-        image = splits[split].add_image(field_of(operation, place, row, "image"))
-        splits[split].add_caption(image, row["caption"], line)
-    if not splits:
-        split = split_of_name(file.stem) or "all"
-        # Kept, so that a check sees it; a split that another file has is there already.
-        found.setdefault(split, Listing(f"{file.name}/{split}", f"{file}:{{}}", []))
-    found.update(splits)
-
-
-def pair_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and cells of every row of a csv, tsv or JSONL file with `image` and `caption`."""
-    rows = _json_rows if file.suffix == ".jsonl" else _csv_rows
-    return rows(operation, file)
-
-
-def _json_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(text_of(operation, file).split("\n"), 1):
-        if text.strip():
-            hook = partial(unrepeated, operation, f"{file}:{line}")
-            row = json_of(operation, text, file, line, object_pairs_hook=hook)
-            if not isinstance(row, dict):
-                raise LapsValueError(
-                    _check.message(operation, f"{file}:{line} is no object", "{...}", _check.name_of(row))
-                )
-            yield line, row
-
-
-def _unquoted(cell: str) -> str:
+def unquoted(cell: str) -> str:
     """A cell without its quotation marks, if they enclose it and those within are doubled."""
     return cell[1:-1].replace('""', '"') if re.fullmatch(r'"(?:[^"]|"")*"', cell) else cell
-
-
-def _csv_rows(operation: str, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    text, tabs = io.StringIO(text_of(operation, file), newline=""), file.suffix == ".tsv"
-    if tabs:
-        # Few tab-separated files quote, and captions begin with quotation marks: only whole cells count.
-        reader = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        reader = csv.reader(text, strict=True)
-    columns: list[str] = []
-    start = 1
-    try:
-        for row in reader:
-            cells = [_unquoted(cell) for cell in row] if tabs else row
-            if not columns:
-                columns = [cell.strip() for cell in cells]
-                if not {"image", "caption"} <= set(columns):
-                    raise LapsValueError(
-                        _check.message(
-                            operation,
-                            f"{file} has the wrong columns",
-                            "a first line with image, caption and perhaps split",
-                            ",".join(columns),
-                        )
-                    )
-            elif cells:
-                if len(cells) != len(columns):
-                    raise LapsValueError(
-                        _check.message(
-                            operation,
-                            f"{file}:{start} is malformed",
-                            f"{len(columns)} cells: {', '.join(columns)}",
-                            len(cells),
-                        )
-                    )
-                yield start, dict(zip(columns, cells, strict=True))
-            start = reader.line_num + 1
-    except csv.Error as error:
-        raise LapsValueError(
-            _check.message(operation, f"{file}:{start} is malformed", "a row of cells", error)
-        ) from error
