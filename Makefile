@@ -78,7 +78,7 @@ test: test-rust test-python
 
 test-rust: venv
 	@echo '[test] cargo test'
-	@$(TCH) cargo test --locked --quiet --features cuda,torch
+	@$(TCH) cargo test --locked --quiet --features cuda,index,torch
 
 test-python: venv native
 	@# A broken one would only skip its tests.
@@ -92,9 +92,9 @@ lint: venv native
 	@cargo clippy --locked --quiet --all-targets -- --deny warnings
 	@cargo clippy --locked --quiet --all-targets --features python,cuda -- --deny warnings
 	@# With profiles and features as for building and testing, or torch-sys (minutes) would be compiled once more.
-	@$(TCH) cargo clippy --locked --quiet --all-targets --features cuda,torch -- --deny warnings
+	@$(TCH) cargo clippy --locked --quiet --all-targets --features cuda,index,torch -- --deny warnings
 	@$(TCH) cargo clippy --locked --quiet --all-targets --package laps-rs-native --profile native -- --deny warnings
-	@$(TCH) RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda,torch
+	@$(TCH) RUSTDOCFLAGS='--deny warnings' cargo doc --locked --quiet --no-deps --features cuda,index,torch
 	@echo '[lint] ruff, mypy, stubs, tables'
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet

@@ -1,4 +1,5 @@
-//! Times the fused similarity from Rust alone, for profilers: `cargo run --release --example profile -- [threads]`.
+//! Times the fused similarity from Rust alone, for profilers:
+//! `cargo run --release --example profile -- [threads [images [texts [patches [channels [aggregated [0 for no backward pass]]]]]]]`.
 
 use std::time::Instant;
 
@@ -8,9 +9,13 @@ use laps::slimming::{
 use ndarray::{Array1, Array2, Array3};
 
 fn main() {
-    let threads = std::env::args().nth(1).and_then(|t| t.parse().ok()).unwrap_or(1);
+    let argument = |at: usize, default: usize| {
+        std::env::args().nth(at).map_or(default, |text| text.parse().expect("a whole number"))
+    };
+    let threads = argument(1, 1);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a thread pool");
-    let (images, texts, patches, channels, aggregated, longest) = (64, 64, 196, 512, 39, 30);
+    let (images, texts) = (argument(2, 64), argument(3, 64));
+    let (patches, channels, aggregated, longest) = (argument(4, 196), argument(5, 512), argument(6, 39), 30);
     let mut state = 1u64;
     let mut uniform = || {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
@@ -37,6 +42,9 @@ fn main() {
         let result = pool.install(|| similarity(&input, &Options::default(), false)).expect("valid input");
         let per_pair = start.elapsed().as_secs_f64() / (images * texts) as f64;
         println!("forward {:.2} us per pair, mean score {}", per_pair * 1e6, result.scores.mean().unwrap());
+        if argument(7, 1) == 0 {
+            continue;
+        }
         let saved =
             pool.install(|| similarity(&input, &Options::default(), true)).expect("valid input").saved;
         let grad = Array2::from_elem((images, texts), 1.0);

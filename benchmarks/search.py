@@ -42,7 +42,7 @@ from laps.index.writing import commit_pieces, write_piece
 from benchmarks import machine
 from benchmarks.shapes import SHAPES
 
-CANDIDATES = (50, 100, 200, 500, 1000, 2000)
+CANDIDATES = (100, 200, 500, 1000, 2000, 3000)
 TOP = 10
 SHAPE = SHAPES["vit-224"]
 # Images of random features that are made at once.

@@ -38,9 +38,9 @@
 //! ```
 //!
 //! Features: `python` builds the extension module of the Python package `laps`; `cuda` adds the kernels for NVIDIA GPUs,
-//! which need nothing of CUDA to build; `torch` adds the `model` module, the full model on libtorch. Building that one needs
-//! torch 2.11: in a Python environment (with `LIBTORCH_USE_PYTORCH=1`, which this repository's `.cargo/config.toml` sets), or
-//! as the folder `LIBTORCH`.
+//! which need nothing of CUDA to build; `index` adds the `records` module, which reads what `laps.Index` stores (on Unix);
+//! `torch` adds the `model` module, the full model on libtorch. Building that one needs torch 2.11: in a Python environment
+//! (with `LIBTORCH_USE_PYTORCH=1`, which this repository's `.cargo/config.toml` sets), or as the folder `LIBTORCH`.
 
 #[cfg(feature = "cuda")]
 pub mod cuda;
@@ -51,6 +51,8 @@ pub mod model;
 mod python;
 #[cfg(feature = "python-errors")]
 mod python_errors;
+#[cfg(all(feature = "index", unix))]
+pub mod records;
 pub mod slimming;
 
 pub use error::LapsError;

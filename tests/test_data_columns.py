@@ -13,6 +13,7 @@ from _refused import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from laps import LapsTypeError
+from laps.cli import main
 from laps.data import RetrievalData, check, from_dataset, load, open_image, read_dense_captions
 from laps.data.listing import is_blank
 from PIL import Image
@@ -149,7 +150,7 @@ def test_two_columns_that_may_be_meant_are_named_and_one_can_be_chosen(tmp_path:
     for name in ("p.csv", "p.jsonl", "p.json", "set/p.parquet", "saved"):
         file = tmp_path / name
         refused(
-            lambda file=file: load(file, "all"), name, "several columns", "caption_column=", "text, sentence"
+            lambda file=file: load(file, "all"), name, "several columns", "caption_column", "text, sentence"
         )
         assert load(file, "all", caption_column="text").captions == TEXTS
         assert load(file, "all", caption_column=["sentence"]).captions == other
@@ -367,3 +368,17 @@ def test_two_columns_of_images_are_no_guess() -> None:
     )
     refused(lambda: from_dataset(rows), "several columns of images", "png", "jpg")
     assert from_dataset(rows, image_column="jpg").num_images == 3
+
+
+def test_the_command_takes_a_choice_of_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pandas.DataFrame({"image": ["0.jpg"], "text": ["a cat"], "sentence": ["a dog"]}).to_csv(
+        tmp_path / "train.csv", index=False
+    )
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
+    check = ["data", "check", str(tmp_path / "train.csv")]
+    assert main(check) == 2
+    assert "--caption-column" in capsys.readouterr().err
+    assert main([*check, "--caption-column", "sentence", "--json"]) == 0
+    assert main([*check, "--caption-column", "text", "--caption-column", "sentence", "--json"]) == 0
+    assert main([*check, "--caption-column", "words"]) == 2
+    assert "no column 'words'" in capsys.readouterr().err

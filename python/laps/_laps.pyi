@@ -21,6 +21,7 @@ __all__ = [
     "align_patches_words",
     "build_info",
     "calibrate_patches",
+    "checksum",
     "cuda_backward",
     "cuda_compile",
     "cuda_configure",
@@ -28,10 +29,12 @@ __all__ = [
     "cuda_info",
     "cuda_warps_per_image",
     "max_sim",
+    "read_records",
     "select_patches",
     "selection_scores",
     "similarity_backward",
     "similarity_forward",
+    "unpack_records",
 ]
 
 class _Exporter(Protocol):
@@ -59,6 +62,13 @@ class SimilarityOptions:
         num_prefix_tokens: int = 0,
     ) -> SimilarityOptions: ...
 
+def checksum(data: _Exporter) -> int: ...
+def read_records(
+    files: _Exporter, offsets: _Exporter, checksums: _Exporter, num_threads: int, out_records: _Exporter
+) -> tuple[int, int] | None: ...
+def unpack_records(
+    records: _Exporter, start: int, dtype: str, width: int, num_threads: int, out: _Exporter
+) -> None: ...
 def similarity_forward(
     patches: _Exporter,
     words: _Exporter,

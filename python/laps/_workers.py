@@ -6,6 +6,7 @@ stop at, and ends its workers itself.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-__all__ = ["end_workers", "leave_signals", "start_workers"]
+__all__ = ["end_workers", "leave_signals", "loading", "start_workers"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -65,3 +66,13 @@ def end_workers(iterator: object) -> None:
     shut_down = getattr(iterator, "_shutdown_workers", None)
     if shut_down is not None:
         shut_down()
+
+
+@contextlib.contextmanager
+def loading(loader: DataLoader[Any]) -> Iterator[Iterator[Any]]:
+    """The batches of a pass, with workers that end with the block."""
+    batches = start_workers(loader)
+    try:
+        yield batches
+    finally:
+        end_workers(batches)

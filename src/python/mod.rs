@@ -5,6 +5,8 @@ mod cuda;
 mod dlpack;
 mod gate;
 mod options;
+#[cfg(unix)]
+mod records;
 mod similarity;
 mod stages;
 mod tensors;
@@ -38,6 +40,9 @@ mod _laps {
     };
     #[pymodule_export]
     use super::options::SimilarityOptions;
+    #[cfg(unix)]
+    #[pymodule_export]
+    use super::records::{checksum, read_records, unpack_records};
     #[pymodule_export]
     use super::similarity::{similarity_backward, similarity_forward};
     #[pymodule_export]

@@ -152,7 +152,7 @@ impl<T: Real> PairTokens<T> {
         let dropped = || decision.dropped.iter().map(|&i| i as usize);
         let highest = dropped().fold(T::neg_infinity(), |m, i| m.max(decision.scores[i]));
         self.fused_weights.extend(dropped().map(|i| {
-            let weight = (decision.scores[i] - highest).exp();
+            let weight = (decision.scores[i] - highest).exponential();
             if soft { weight * (T::one() - decision.values[i]) } else { weight }
         }));
         reserve(&mut self.fused, stride);

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::options::{Options, PairInput, Score, Selection, Sizes};
 use super::real::{Real, padded};
-use super::simd::{Buffer, Level, row_products, zeros};
+use super::simd::{Buffer, Level, reserve, row_products, zeros};
 
 /// eps of the stable weights (laps.md, paper variant).
 pub(crate) const EPSILON: f64 = 1e-6;
@@ -59,6 +59,8 @@ pub(crate) struct PreparedImage<'a, T: Real> {
     /// G = V V^T over patches (and their mean), stride `gram_stride`; empty unless [`Lengths::Gram`].
     pub gram: Buffer<T>,
     pub gram_stride: usize,
+    /// The mean of the scaled patches, and then its direction, in f64.
+    wide: Vec<f64>,
 }
 
 /// One text.
@@ -190,7 +192,7 @@ impl<T: Real> PreparedText<T> {
 
 /// `sum_i a[i] * b[i]` in f64, eight sums side by side so that it runs as vectors.
 #[inline(always)]
-fn wide_dot<T: Real>(a: &[T], b: &[T]) -> f64 {
+fn wide_dot<T: Real, U: Real>(a: &[T], b: &[U]) -> f64 {
     let mut sums = [0.0; 8];
     let (a, b) = (a.chunks_exact(8), b.chunks_exact(8));
     let rest: f64 = a.remainder().iter().zip(b.remainder()).map(|(x, y)| x.wide() * y.wide()).sum();
@@ -203,6 +205,7 @@ fn wide_dot<T: Real>(a: &[T], b: &[T]) -> f64 {
 }
 
 struct Prepare<'a, 'b, T: Real> {
+    image: &'b mut PreparedImage<'a, T>,
     input: &'b PairInput<'a, T>,
     sizes: &'b Sizes,
     index: usize,
@@ -210,13 +213,13 @@ struct Prepare<'a, 'b, T: Real> {
     lengths: Lengths,
 }
 
-impl<'a, T: Real> WithSimd for Prepare<'a, '_, T> {
-    type Output = PreparedImage<'a, T>;
+impl<T: Real> WithSimd for Prepare<'_, '_, T> {
+    type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> PreparedImage<'a, T> {
-        let Prepare { input, sizes, index, options, lengths } = self;
-        PreparedImage::prepare(simd, input, sizes, index, options, lengths)
+    fn with_simd<S: Simd>(self, simd: S) {
+        let Prepare { image, input, sizes, index, options, lengths } = self;
+        image.prepare_with(simd, input, sizes, index, options, lengths);
     }
 }
 
@@ -229,25 +232,61 @@ impl<'a, T: Real> PreparedImage<'a, T> {
         options: &Options,
         lengths: Lengths,
     ) -> Self {
-        level.dispatch(Prepare { input, sizes, index, options, lengths })
+        let mut image = Self::empty();
+        image.prepare(level, input, sizes, index, options, lengths);
+        image
+    }
+
+    /// No image yet: what [`PreparedImage::prepare`] fills.
+    pub(crate) fn empty() -> Self {
+        PreparedImage {
+            index: 0,
+            finite: false,
+            rows: zeros(0),
+            stride: 0,
+            scale: T::one(),
+            norms: Vec::new(),
+            prefix_inverse: Vec::new(),
+            direction: zeros(0),
+            self_scores: Vec::new(),
+            text_factor: Vec::new(),
+            weights: zeros(0),
+            weight_stride: 0,
+            logits: ArrayView2::from_shape((0, 0), &[]).expect("an empty view"),
+            gram: zeros(0),
+            gram_stride: 0,
+            wide: Vec::new(),
+        }
+    }
+
+    /// Becomes image `index`, in the memory of the one before.
+    pub(crate) fn prepare(
+        &mut self,
+        level: Level,
+        input: &PairInput<'a, T>,
+        sizes: &Sizes,
+        index: usize,
+        options: &Options,
+        lengths: Lengths,
+    ) {
+        level.dispatch(Prepare { image: self, input, sizes, index, options, lengths });
     }
 
     #[inline(always)]
-    fn prepare<S: Simd>(
+    fn prepare_with<S: Simd>(
+        &mut self,
         simd: S,
         input: &PairInput<'a, T>,
         sizes: &Sizes,
         index: usize,
         options: &Options,
         lengths: Lengths,
-    ) -> Self {
+    ) {
         let Sizes { patches: n, prefix: p, channels, aggregated, .. } = *sizes;
         let patches = input.patches.index_axis_move(Axis(0), index);
         let prefix = input.prefix.index_axis_move(Axis(0), index);
-        let logits = input.logits.index_axis_move(Axis(0), index);
         let soft = input.selection.soft();
         let summed = n + usize::from(soft);
-        let stride = padded::<T>(channels);
         let keep_finite = match &input.selection {
             Selection::KeepProbability { probability, .. } => {
                 probability.row(index).iter().all(|x| x.is_finite())
@@ -255,35 +294,30 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             _ => true,
         };
         let highest = largest(patches);
-        let finite = keep_finite
+        self.index = index;
+        self.logits = input.logits.index_axis_move(Axis(0), index);
+        self.finite = keep_finite
             && highest.is_finite()
-            && [prefix, logits].into_iter().all(|x| largest(x).is_finite());
-        let mut image = PreparedImage {
-            index,
-            finite,
-            rows: zeros(if finite { (summed + p) * stride } else { 0 }),
-            stride,
-            scale: scale_of(highest),
-            norms: vec![T::zero(); summed],
-            prefix_inverse: vec![T::zero(); p],
-            direction: zeros(stride),
-            self_scores: vec![T::zero(); n],
-            text_factor: vec![T::zero(); n],
-            weights: Buffer::new(64),
-            weight_stride: padded::<T>(aggregated),
-            logits,
-            gram: Buffer::new(64),
-            gram_stride: padded::<T>(summed),
-        };
-        if finite {
-            image.fill_rows(patches, prefix, soft);
-            image.fill_self_scores(n, channels, options, soft_scaled(&input.selection));
-            image.fill_weights(n, aggregated, soft);
+            && [prefix, self.logits].into_iter().all(|x| largest(x).is_finite());
+        self.stride = padded::<T>(channels);
+        self.weight_stride = padded::<T>(aggregated);
+        self.gram_stride = padded::<T>(summed);
+        self.scale = scale_of(highest);
+        self.norms.resize(summed, T::zero());
+        self.prefix_inverse.resize(p, T::zero());
+        self.self_scores.resize(n, T::zero());
+        self.text_factor.resize(n, T::zero());
+        reserve(&mut self.direction, self.stride);
+        if self.finite {
+            reserve(&mut self.rows, (summed + p) * self.stride);
+            reserve(&mut self.weights, summed * self.weight_stride);
+            self.fill_rows(patches, prefix, soft);
+            self.fill_self_scores(n, channels, options, soft_scaled(&input.selection));
+            self.fill_weights(n, aggregated, soft);
             if lengths == Lengths::Gram {
-                image.fill_gram(simd, summed);
+                self.fill_gram(simd, summed);
             }
         }
-        image
     }
 
     /// Frees what the gradient of the words does not need.
@@ -296,22 +330,30 @@ impl<'a, T: Real> PreparedImage<'a, T> {
     fn fill_rows(&mut self, patches: ArrayView2<'_, T>, prefix: ArrayView2<'_, T>, soft: bool) {
         let (n, channels) = patches.dim();
         let (stride, scale, share) = (self.stride, self.scale, 1.0 / n as f64);
-        let (mut mean, mut reach) = (vec![0.0; channels], 0.0);
+        // What lies between the channels and the stride is multiplied like them.
+        if channels < stride {
+            let rows = self.rows.chunks_exact_mut(stride).take(self.norms.len() + prefix.nrows());
+            rows.for_each(|row| row[channels..].fill(T::zero()));
+            self.direction[channels..].fill(T::zero());
+        }
+        self.wide.clear();
+        self.wide.resize(channels, 0.0);
+        let (mean, mut reach) = (&mut self.wide[..], 0.0);
         for (i, patch) in patches.rows().into_iter().enumerate() {
             let row = &mut self.rows[i * stride..][..channels];
             match patch.as_slice() {
                 Some(patch) => row.iter_mut().zip(patch).for_each(|(r, &x)| *r = x * scale),
                 None => row.iter_mut().zip(patch).for_each(|(r, &x)| *r = x * scale),
             }
-            mean.iter_mut().zip(row.iter()).for_each(|(m, r)| *m += r.wide() * share);
+            mean.iter_mut().zip(&*row).for_each(|(m, r)| *m += r.wide() * share);
             let norm = wide_dot(row, row).sqrt();
             self.norms[i] = T::of(norm);
             reach += norm * share;
         }
-        unit_mean(&mean, reach, &mut self.direction);
+        unit_mean(mean, reach, &mut self.direction);
         let mut next = n * stride;
         if soft {
-            self.rows[next..].iter_mut().zip(&mean).for_each(|(r, &m)| *r = T::of(m));
+            self.rows[next..].iter_mut().zip(&self.wide).for_each(|(r, &m)| *r = T::of(m));
             // What its terms reach, not its own length: of patches that cancel, that would be noise.
             self.norms[n] = T::of(reach);
             next += stride;
@@ -331,10 +373,12 @@ impl<'a, T: Real> PreparedImage<'a, T> {
                 mean.iter().map(|m| m * m).sum::<f64>().sqrt()
             }
         };
+        self.wide.clear();
+        self.wide.extend(self.direction[..channels].iter().map(|d| d.wide()));
         for i in 0..n {
             let row = &self.rows[i * self.stride..][..channels];
             // In f64: the fused token of opposed patches amplifies errors of the scores.
-            let product = wide_dot(row, &self.direction[..channels]);
+            let product = wide_dot(row, &self.wide);
             let (a, factor) = match options.score {
                 Score::Cosine if self.norms[i] == T::zero() => (0.0, 0.0),
                 Score::Cosine => (product / self.norms[i].wide(), 1.0 / self.norms[i].wide()),
@@ -354,18 +398,24 @@ impl<'a, T: Real> PreparedImage<'a, T> {
     #[inline(always)]
     fn fill_weights(&mut self, n: usize, aggregated: usize, soft: bool) {
         let stride = self.weight_stride;
-        self.weights = zeros((n + usize::from(soft)) * stride);
-        let mut highest = vec![T::neg_infinity(); aggregated];
-        for row in self.logits.rows() {
-            highest.iter_mut().zip(row).for_each(|(h, &l)| *h = h.max(l));
-        }
+        let mut highest = vec![T::neg_infinity(); stride];
         for (i, row) in self.logits.rows().into_iter().enumerate() {
-            for ((w, &l), &h) in self.weights[i * stride..].iter_mut().zip(row).zip(&highest) {
-                *w = (l - h).exp();
+            let to = &mut self.weights[i * stride..][..stride];
+            match row.as_slice() {
+                Some(row) => to[..aggregated].copy_from_slice(row),
+                None => to.iter_mut().zip(row).for_each(|(w, &l)| *w = l),
             }
+            to[aggregated..].fill(T::zero());
+            highest.iter_mut().zip(&*to).for_each(|(h, &l)| *h = h.max(l));
+        }
+        for row in self.weights.chunks_exact_mut(stride).take(n) {
+            row.iter_mut().zip(&highest).for_each(|(w, &h)| *w = (*w - h).exponential());
+            row[aggregated..].fill(T::zero());
         }
         if soft {
-            self.weights[n * stride..][..aggregated].fill(T::of(EPSILON));
+            let last = &mut self.weights[n * stride..][..stride];
+            last[..aggregated].fill(T::of(EPSILON));
+            last[aggregated..].fill(T::zero());
         }
     }
 
@@ -373,7 +423,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
     #[inline(always)]
     fn fill_gram<S: Simd>(&mut self, simd: S, summed: usize) {
         let (stride, gram_stride) = (self.stride, self.gram_stride);
-        self.gram = zeros(summed * gram_stride);
+        reserve(&mut self.gram, summed * gram_stride);
         const ROWS: usize = 24;
         for start in (0..summed).step_by(ROWS) {
             let end = (start + ROWS).min(summed);
@@ -386,6 +436,7 @@ impl<'a, T: Real> PreparedImage<'a, T> {
             }
         }
         for i in 0..summed {
+            self.gram[i * gram_stride + summed..(i + 1) * gram_stride].fill(T::zero());
             for j in 0..i {
                 self.gram[j * gram_stride + i] = self.gram[i * gram_stride + j];
             }

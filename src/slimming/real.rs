@@ -31,6 +31,8 @@ pub trait Real: Float + AddAssign + MulAssign + Sum + Default + Debug + Send + S
     fn magnitude(self) -> Self::Key;
     /// The number of this magnitude.
     fn of_magnitude(bits: Self::Key) -> Self;
+    /// e^x of an x <= 0, to 2 units in the last place.
+    fn exponential(self) -> Self;
     fn splat<S: Simd>(simd: S, x: Self) -> Self::Vector<S>;
     /// `a * b + c`, fused where the machine does that in hardware.
     fn fused<S: Simd>(simd: S, a: Self::Vector<S>, b: Self::Vector<S>, c: Self::Vector<S>)
@@ -51,7 +53,7 @@ pub(crate) fn padded<T: Real>(n: usize) -> usize {
 }
 
 macro_rules! real {
-    ($t:ty, $key:ty, $pad:literal, $floor:literal, $vector:ident, $splat:ident, $mul_add:ident, $max:ident, $sum:ident) => {
+    ($t:ty, $key:ty, $pad:literal, $floor:literal, $vector:ident, $splat:ident, $mul_add:ident, $max:ident, $sum:ident, $exponential:expr) => {
         impl Real for $t {
             const PAD: usize = $pad;
             const GRAM_FLOOR: f64 = $floor;
@@ -81,6 +83,10 @@ macro_rules! real {
                 <$t>::from_bits(bits)
             }
             #[inline(always)]
+            fn exponential(self) -> $t {
+                $exponential(self)
+            }
+            #[inline(always)]
             fn splat<S: Simd>(simd: S, x: Self) -> S::$vector {
                 simd.$splat(x)
             }
@@ -100,12 +106,54 @@ macro_rules! real {
     };
 }
 
-real!(f32, u32, 16, 1e-2, f32s, splat_f32s, mul_add_e_f32s, max_f32s, reduce_sum_f32s);
-real!(f64, u64, 8, 1e-6, f64s, splat_f64s, mul_add_e_f64s, max_f64s, reduce_sum_f64s);
+real!(f32, u32, 16, 1e-2, f32s, splat_f32s, mul_add_e_f32s, max_f32s, reduce_sum_f32s, exponential);
+real!(f64, u64, 8, 1e-6, f64s, splat_f64s, mul_add_e_f64s, max_f64s, reduce_sum_f64s, f64::exp);
+
+/// e^x of an x <= 0: without branches and calls, so that a loop of it runs as vectors, unlike libm's.
+///
+/// `x = n ln 2 + r`, a polynomial of r (the minimax coefficients of the Cephes library), and 2^n in two steps, for the
+/// subnormal results.
+#[inline(always)]
+fn exponential(x: f32) -> f32 {
+    // ln 2 in two parts: n times the first, of nine bits, is exact.
+    const HIGH: f32 = 0.693_359_4;
+    const LOW: f32 = -2.121_944_4e-4;
+    // Adding and subtracting it rounds to a whole number.
+    const ROUND: f32 = 12_582_912.0;
+    // Below, e^x is less than half of the least subnormal.
+    let x = x.max(-104.0);
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let n = rounded - ROUND;
+    let r = x - n * HIGH - n * LOW;
+    let p = 1.987_569_1e-4;
+    let p = p * r + 1.398_199_9e-3;
+    let p = p * r + 8.333_452e-3;
+    let p = p * r + 4.166_579_6e-2;
+    let p = p * r + 1.666_666_5e-1;
+    let p = p * r + 0.5;
+    let p = p * (r * r) + r + 1.0;
+    // Whole numbers near ROUND lie one unit in the last place apart. (A cast would test for NaN.)
+    let n = rounded.to_bits() as i32 - ROUND.to_bits() as i32;
+    let power = |n: i32| f32::from_bits(((n + 127) << 23) as u32);
+    p * power(n / 2) * power(n - n / 2)
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exponentials_are_libms_to_two_units_and_fade_into_zero() {
+        let mut x = -110.0f32;
+        while x <= 0.0 {
+            let (found, expected) = (x.exponential(), f64::from(x).exp());
+            let unit = f64::from(f32::EPSILON * (expected as f32)).max(2f64.powi(-149));
+            assert!((f64::from(found) - expected).abs() <= 2.0 * unit, "{x}: {found}, not {expected}");
+            x += 0.001_3;
+        }
+        assert_eq!(0f32.exponential(), 1.0);
+        assert_eq!(f32::MIN.exponential(), 0.0);
+    }
 
     #[test]
     fn keys_sort_as_the_numbers_do() {

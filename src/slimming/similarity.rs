@@ -183,28 +183,43 @@ pub fn similarity<T: Real>(
         let block = TextBlock::new(input, texts.clone(), options);
         for images in blocks.image_ranges(sizes.images, input.pairs, &texts) {
             input.check_interrupt(operation)?;
-            let prepared: Vec<_> = images
-                .into_par_iter()
-                .map(|i| PreparedImage::new(level, input, &sizes, i, options, blocks.lengths))
-                .collect();
-            // Tiles of texts, so that few images keep all threads busy.
-            let tiles = (4 * rayon::current_num_threads()).div_ceil(prepared.len());
-            let tasks: Vec<_> = prepared
-                .iter()
-                .flat_map(|image| {
-                    let met = met(input.pairs, image.index, &texts);
-                    let step = met.len().div_ceil(tiles).max(1);
-                    ranges(met, step).map(move |tile| (image, tile))
-                })
-                .collect();
-            let done: Vec<Tile<T>> = tasks
-                .into_par_iter()
-                .map_init(PairScratch::new, |scratch, (image, tile)| {
-                    let lengths = blocks.lengths;
-                    let task = ScoreTile { input, sizes: &sizes, options, lengths, image, block: &block };
-                    level.dispatch(Dispatched { task, tile, save, scratch })
-                })
-                .collect();
+            let task = ScoreTiles { input, sizes: &sizes, options, lengths: blocks.lengths, block: &block };
+            let done: Vec<Tile<T>> = match blocks.lengths {
+                // Few texts: a worker scores an image while it has it in its cache.
+                Lengths::Direct => images
+                    .into_par_iter()
+                    .map_init(
+                        || (PreparedImage::empty(), PairScratch::new()),
+                        |(image, scratch), i| {
+                            image.prepare(level, input, &sizes, i, options, blocks.lengths);
+                            let tile = met(input.pairs, i, &texts);
+                            level.dispatch(Dispatched { task, image, tile, save, scratch })
+                        },
+                    )
+                    .collect(),
+                Lengths::Gram => {
+                    let prepared: Vec<_> = images
+                        .into_par_iter()
+                        .map(|i| PreparedImage::new(level, input, &sizes, i, options, blocks.lengths))
+                        .collect();
+                    // Tiles of texts, so that few images keep all threads busy.
+                    let tiles = (4 * rayon::current_num_threads()).div_ceil(prepared.len());
+                    let tasks: Vec<_> = prepared
+                        .iter()
+                        .flat_map(|image| {
+                            let met = met(input.pairs, image.index, &texts);
+                            let step = met.len().div_ceil(tiles).max(1);
+                            ranges(met, step).map(move |tile| (image, tile))
+                        })
+                        .collect();
+                    tasks
+                        .into_par_iter()
+                        .map_init(PairScratch::new, |scratch, (image, tile)| {
+                            level.dispatch(Dispatched { task, image, tile, save, scratch })
+                        })
+                        .collect()
+                }
+            };
             for tile in done {
                 let first = if input.pairs == Pairs::All { texts.start } else { 0 };
                 tile.store(first, &mut result);
@@ -248,17 +263,17 @@ fn copy_rows<E: Copy>(from: &[E], pairs: usize, to: &mut Array3<E>, image: usize
 }
 
 #[derive(Clone, Copy)]
-struct ScoreTile<'a, 'i, T: Real> {
+struct ScoreTiles<'a, 'i, T: Real> {
     input: &'a PairInput<'i, T>,
     sizes: &'a Sizes,
     options: &'a Options,
     lengths: Lengths,
-    image: &'a PreparedImage<'i, T>,
     block: &'a TextBlock<T>,
 }
 
 struct Dispatched<'a, 'i, T: Real> {
-    task: ScoreTile<'a, 'i, T>,
+    task: ScoreTiles<'a, 'i, T>,
+    image: &'a PreparedImage<'i, T>,
     tile: Range<usize>,
     save: bool,
     scratch: &'a mut PairScratch<T>,
@@ -269,14 +284,21 @@ impl<T: Real> WithSimd for Dispatched<'_, '_, T> {
 
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> Tile<T> {
-        self.task.run(simd, self.tile, self.save, self.scratch)
+        self.task.run(simd, self.image, self.tile, self.save, self.scratch)
     }
 }
 
-impl<T: Real> ScoreTile<'_, '_, T> {
+impl<T: Real> ScoreTiles<'_, '_, T> {
     #[inline(always)]
-    fn run<S: Simd>(&self, simd: S, tile: Range<usize>, save: bool, scratch: &mut PairScratch<T>) -> Tile<T> {
-        let ScoreTile { input, sizes, image, block, .. } = *self;
+    fn run<S: Simd>(
+        &self,
+        simd: S,
+        image: &PreparedImage<'_, T>,
+        tile: Range<usize>,
+        save: bool,
+        scratch: &mut PairScratch<T>,
+    ) -> Tile<T> {
+        let ScoreTiles { input, sizes, block, .. } = *self;
         let (n, count) = (sizes.patches, tile.len());
         let saved = |width: usize| if save { count * width } else { 0 };
         let mut out = Tile {
@@ -298,8 +320,8 @@ impl<T: Real> ScoreTile<'_, '_, T> {
             if !text.finite || !selection.finite() {
                 continue;
             }
-            let (score, fraction) =
-                self.score_pair(simd, text, &text_scores[p * image.gram_stride..][..n], &selection, scratch);
+            let text_scores = &text_scores[p * image.gram_stride..][..n];
+            let (score, fraction) = self.score_pair(simd, image, text, text_scores, &selection, scratch);
             out.scores[p] = if score.is_finite() { score } else { T::nan() };
             out.fractions[p] = fraction;
             if save {
@@ -319,6 +341,7 @@ impl<T: Real> ScoreTile<'_, '_, T> {
     fn score_pair<S: Simd>(
         &self,
         simd: S,
+        image: &PreparedImage<'_, T>,
         text: &PreparedText<T>,
         text_scores: &[T],
         selection: &PairSelection<'_, T>,
@@ -326,8 +349,8 @@ impl<T: Real> ScoreTile<'_, '_, T> {
     ) -> (T, T) {
         let PairScratch { decision, tokens, alignment } = scratch;
         let soft = self.input.selection.soft();
-        decision.decide(self.image, text_scores, selection, self.options, None);
-        tokens.compute(simd, self.image, text, decision, self.options, self.lengths, soft, false);
+        decision.decide(image, text_scores, selection, self.options, None);
+        tokens.compute(simd, image, text, decision, self.options, self.lengths, soft, false);
         alignment.find(&mut tokens.cosines, tokens.count, text.length, text.lanes);
         (alignment.score(text.length, self.options), decision.fraction)
     }

@@ -10,6 +10,7 @@ __all__ = [
     "REGION_OPTIONS",
     "add_amp",
     "add_batch_size",
+    "add_caption_column",
     "add_data",
     "add_device",
     "add_images",
@@ -29,6 +30,15 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 def add_images(parser: argparse.ArgumentParser, where: str = "where it is not beside the captions") -> None:
     parser.add_argument("--images", type=Path, help=f"folder of the images or regions, {where}")
+
+
+def add_caption_column(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--caption-column",
+        action="append",
+        metavar="NAME",
+        help="of tables: where the captions are, if their names do not tell; repeatable",
+    )
 
 
 def add_batch_size(parser: argparse.ArgumentParser, what: str, default: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import _check
 from ..errors import LapsValueError
-from ._options import REGION_OPTIONS, add_images, add_region_sizes, given
+from ._options import REGION_OPTIONS, add_caption_column, add_images, add_region_sizes, given
 
 __all__ = ["add_data_commands"]
 
@@ -23,6 +23,7 @@ def add_data_commands(parser: argparse.ArgumentParser) -> None:
         "braces too (shards/{00000..00009}.tar); docs/data.md has the formats",
     )
     add_images(check)
+    add_caption_column(check)
     check.add_argument(
         "--tokenizer",
         metavar="PATH_OR_ID",
@@ -78,6 +79,7 @@ def _data_check(options: argparse.Namespace) -> int:
         )
     report = check(
         options.path,
+        caption_column=options.caption_column,
         images=options.images,
         transform=transform,
         tokenizer=tokenizer,

@@ -12,6 +12,7 @@ from .. import _check
 from ._options import (
     add_amp,
     add_batch_size,
+    add_caption_column,
     add_data,
     add_device,
     add_images,
@@ -32,6 +33,7 @@ def add_eval(parser: argparse.ArgumentParser) -> None:
     add_data(parser)
     parser.add_argument("--split", default="test", metavar="NAME", help="what to evaluate on (default: test)")
     add_images(parser)
+    add_caption_column(parser)
     parser.add_argument(
         "--on-error",
         choices=("raise", "skip"),
@@ -109,7 +111,12 @@ def _loaded(ranks: Ranks, options: argparse.Namespace, regions: bool) -> Retriev
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         data = load(
-            options.data, options.split, images=options.images, regions=regions, on_error=options.on_error
+            options.data,
+            options.split,
+            images=options.images,
+            regions=regions,
+            on_error=options.on_error,
+            caption_column=options.caption_column,
         )
     for warning in caught:
         if not str(warning.message).startswith("load: "):

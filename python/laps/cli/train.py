@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import _check
 from ..errors import LapsValueError
-from ._options import REGION_OPTIONS, add_images, add_region_sizes, given
+from ._options import REGION_OPTIONS, add_caption_column, add_images, add_region_sizes, given
 from ._ranks import on_ranks
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, help="a data set with its splits: see laps data check --help")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     add_images(parser)
+    add_caption_column(parser)
     parser.add_argument(
         "--train-split", default="train", metavar="NAME", help="what to learn from (default: train)"
     )
@@ -260,6 +261,7 @@ def _train_and_dev(
             on_missing=keep,
             on_empty=keep,
             on_error=on_error,
+            caption_column=options.caption_column,
         )
         for path, name in wanted
     ]

@@ -128,7 +128,7 @@ def several_captions(operation: str, place: object, found: Iterable[tuple[str, .
         _check.message(
             operation,
             f"{place} has several columns that may be captions",
-            "one of them, or one called caption, or a choice by caption_column=...",
+            "one of them, one called caption, or a choice by caption_column (--caption-column)",
             names,
         )
     )
@@ -199,7 +199,7 @@ def find_pair_columns(
         )
     captions = find_captions(columns) if chosen is None else [chosen]
     if not captions:
-        expected = f"one called {known_captions()} (or caption_column=...)"
+        expected = f"one called {known_captions()} (or caption_column, --caption-column)"
         raise LapsValueError(_check.message(operation, f"{place} has no column of captions", expected, seen))
     if len(captions) > 1:
         raise several_captions(operation, place, captions)

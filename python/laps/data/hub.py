@@ -35,7 +35,7 @@ __all__ = ["SAVED_DICT", "from_dataset", "parse_rows", "saved_splits"]
 
 # What DatasetDict.save_to_disk writes beside the folders of its splits.
 SAVED_DICT = "dataset_dict.json"
-EXPECTED = f"strings or lists of strings in {known_captions()} (or caption_column=...)"
+EXPECTED = f"strings or lists of strings in {known_captions()} (or caption_column, --caption-column)"
 # How many rows' texts are in memory at once: Karpathy's sentences come with their words.
 BATCH = 10_000
 

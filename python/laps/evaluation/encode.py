@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .. import _check
 from .._precision import wide
-from .._workers import end_workers, leave_signals, start_workers
+from .._workers import leave_signals, loading
 from ..data import CaptionTokenizer, ImageDataset, ImageTransform, RegionTransform, RetrievalData
 from ..data.loading import batches_of
 from ..errors import LapsValueError
@@ -138,9 +137,7 @@ def encode_images(
         generator=torch.Generator(),
     )
     kept: dict[str, Tensor] = {}
-    batches = start_workers(loader)
-    with _bar(len(paths), "images", progress) as bar, contextlib.ExitStack() as stack:
-        stack.callback(end_workers, batches)
+    with _bar(len(paths), "images", progress) as bar, loading(loader) as batches:
         for indices, pixel_values in batches_of(batches):
             with torch.autocast(model.device.type, torch.bfloat16, enabled=amp):
                 features = model.encode_image(pixel_values.to(model.device, non_blocking=True))

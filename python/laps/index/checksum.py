@@ -8,16 +8,17 @@ places those of rows; to hide, damage has to cancel in both directions, in four 
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["checksum"]
+from .. import _laps
 
-WORDS = 64
-ROW = 8 * WORDS
+__all__ = ["ROW", "checksum"]
+
+# Bytes of a row.
+ROW = 512
 
 
 def checksum(data: bytes | NDArray[Any]) -> int:
@@ -33,10 +34,4 @@ def checksum(data: bytes | NDArray[Any]) -> int:
         False
     """
     flat = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-    whole = len(flat) // ROW * ROW
-    result = zlib.crc32(flat[whole:])
-    if whole:
-        table = flat[:whole].view(np.uint64).reshape(-1, WORDS)
-        for axis in (0, 1):
-            result = zlib.crc32(np.add.reduce(table, axis=axis), result)
-    return result
+    return _laps.checksum(flat)

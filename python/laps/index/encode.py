@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .. import _check
 from .._modes import eval_mode
-from .._workers import end_workers, leave_signals, start_workers
+from .._workers import leave_signals, loading
 from ..data import ImageDataset
 from ..data.loading import batches_of
 from ..errors import LapsError, LapsValueError
@@ -99,29 +99,29 @@ def encode(
         stack.enter_context(eval_mode(model))
         bar = stack.enter_context(_bar(len(images), options))
         try:
-            batches = start_workers(loader)
-            stack.callback(end_workers, batches)
-            for indices, pixels in batches_of(batches):
-                if len(indices):
-                    with (
-                        torch.inference_mode(),
-                        torch.autocast(model.device.type, torch.bfloat16, enabled=options.amp),
-                    ):
-                        features = model.encode_image(pixels.to(model.device, non_blocking=True))
-                    layout = layout or RecordLayout.of(features, options.storage)
-                    records, finite = layout.pack(features)
-                    parts.append(
-                        _kept(dataset, images, indices, features.embedding, records, finite, options)
-                    )
-                    held += parts[-1].nbytes
-                seen = min(seen + options.batch_size, len(images))
-                bar.update(seen - bar.n)
-                if stopped:
-                    break
-                late = time.monotonic() - since > options.shard_seconds
-                if parts and (held >= options.shard_bytes or late):
-                    yield Encoded(layout, _joined(parts), None)
-                    parts, held, since = [], 0, time.monotonic()
+            # Within: a process that was killed may be noticed only as it is ended.
+            with loading(loader) as batches:
+                for indices, pixels in batches_of(batches):
+                    if len(indices):
+                        with (
+                            torch.inference_mode(),
+                            torch.autocast(model.device.type, torch.bfloat16, enabled=options.amp),
+                        ):
+                            features = model.encode_image(pixels.to(model.device, non_blocking=True))
+                        layout = layout or RecordLayout.of(features, options.storage)
+                        records, finite = layout.pack(features)
+                        parts.append(
+                            _kept(dataset, images, indices, features.embedding, records, finite, options)
+                        )
+                        held += parts[-1].nbytes
+                    seen = min(seen + options.batch_size, len(images))
+                    bar.update(seen - bar.n)
+                    if stopped:
+                        break
+                    late = time.monotonic() - since > options.shard_seconds
+                    if parts and (held >= options.shard_bytes or late):
+                        yield Encoded(layout, _joined(parts), None)
+                        parts, held, since = [], 0, time.monotonic()
         except Exception as error:
             failed = _lost_worker(error) or error
     if stopped and failed is None:

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _check, _laps
 from ..errors import LapsValueError
 from ..features import ImageFeatures
 from .checksum import ROW
 
-__all__ = ["STORAGES", "Field", "RecordLayout"]
+__all__ = ["Field", "RecordLayout"]
 
-STORAGES = ("float16", "int8", "float32")
 DTYPES = {"float16": torch.float16, "float32": torch.float32, "int8": torch.int8}
 # Vectors of C numbers, which int8 stores with a scale for each; all else is small, and stays in float16.
 VECTORS = ("patches", "prefix")
@@ -60,7 +59,7 @@ class RecordLayout:
 
     @classmethod
     def of(cls, features: ImageFeatures, storage: str) -> RecordLayout:
-        """The layout for features like these in one of `STORAGES`."""
+        """The layout for features like these in one of :data:`laps.index.STORAGES`."""
         found = []
         for field in fields(ImageFeatures):
             value = getattr(features, field.name)
@@ -133,12 +132,17 @@ class RecordLayout:
         for field in self.fields:
             if field.name not in into:
                 into[field.name] = torch.empty((len(records), *field.shape), device=records.device)
-            values = into[field.name][: len(records)]
-            at = start + 4 * field.scales
-            values.copy_(_view(records, at, DTYPES[field.dtype], field.shape))
-            if field.dtype == "int8":
-                values.mul_(_view(records, start, torch.float32, field.shape[:-1])[..., None])
-            found[field.name] = values
+            values = found[field.name] = into[field.name][: len(records)]
+            if records.device.type == "cpu":
+                width = field.shape[-1] if field.shape else 1
+                flat = values.view(len(records), math.prod(field.shape))
+                threads = torch.get_num_threads()
+                _laps.unpack_records(records, start, field.dtype, max(1, width), threads, flat)
+            else:
+                at = start + 4 * field.scales
+                values.copy_(_view(records, at, DTYPES[field.dtype], field.shape))
+                if field.dtype == "int8":
+                    values.mul_(_view(records, start, torch.float32, field.shape[:-1])[..., None])
             start += field.nbytes
         return found
 

@@ -16,7 +16,7 @@ from .snapshot import Snapshot
 __all__ = ["Found", "by_embedding", "by_head"]
 
 # Records that are held at once: they and what they unpack to stay in the processor's cache, or nearly so.
-RECORDS_ON_CPU, RECORDS_ON_GPU = 8 * 2**20, 256 * 2**20
+RECORDS_ON_CPU, RECORDS_ON_GPU = 4 * 2**20, 256 * 2**20
 
 # Positions, scores and global scores, best first.
 Found = tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]

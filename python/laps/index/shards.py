@@ -20,14 +20,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from .. import _check
+from .. import _check, _laps
 from .._files import atomic_path
 from ..errors import LapsError
 from .checksum import checksum
 
-__all__ = ["ImageEntry", "Shard", "ShardContent", "ShardEntry", "UnreadableShardError", "write_shard"]
+__all__ = [
+    "ImageEntry",
+    "Shard",
+    "ShardContent",
+    "ShardEntry",
+    "UnreadableShardError",
+    "read_places",
+    "write_shard",
+]
 
 Bytes = NDArray[np.uint8]
 DTYPES = {"checksums": ("U32", np.uint32), "embedding": ("F32", np.float32), "records": ("U8", np.uint8)}
@@ -188,17 +197,31 @@ class Shard:
         for row in rows:
             os.posix_fadvise(self._file, self._offset(row), self.record_bytes, os.POSIX_FADV_WILLNEED)
 
-    def read_record(self, row: int, into: Bytes) -> None:
-        """A record into (bytes,) uint8. Raises LapsError, naming the image too: it is damaged."""
-        self._fill(self._offset(row), into)
+    def places(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(3, len(rows)): file descriptor, offset and checksum of records, as `read_places` wants them."""
         if self._checksums is None:
             self.embeddings()
         assert self._checksums is not None
-        if checksum(into) != self._checksums[row]:
-            raise self.broken(
-                f"the features of {self.images[row].path!r} (row {row}) are damaged",
-                "the checksum of when they were written",
-            )
+        offsets = self._start["records"] + rows * self.record_bytes
+        return np.stack([np.full_like(rows, self._file), offsets, self._checksums[rows].astype(np.int64)])
+
+    def read_record(self, row: int, into: Bytes) -> None:
+        """A record into (bytes,) uint8. Raises LapsError, naming the image too: it is damaged."""
+        found = read_places(self.places(np.array([row])), into[None])
+        if found is not None:
+            raise self.damaged(row, found[1])
+
+    def damaged(self, row: int, problem: int) -> LapsError:
+        """What to raise of a record that `read_places` has refused."""
+        if problem > 0:
+            return self._unreadable(OSError(problem, os.strerror(problem)))
+        if problem == 0:
+            size = os.fstat(self._file).st_size
+            return self.broken("the shard ends early", f"{self.entry.nbytes} bytes", size)
+        return self.broken(
+            f"the features of {self.images[row].path!r} (row {row}) are damaged",
+            "the checksum of when they were written",
+        )
 
     def broken(self, what: str, expected: object, got: object = None) -> LapsError:
         """What to raise of this file."""
@@ -229,3 +252,18 @@ class Shard:
             if not got:
                 raise self.broken("the shard ends early", f"{self.entry.nbytes} bytes", start + done)
             done += got
+
+
+def read_places(places: NDArray[np.int64], into: Bytes) -> tuple[int, int] | None:
+    """Read records into (n, bytes) uint8, side by side, and hold them to their checksums.
+
+    Args:
+        places: (3, n) int64, of :meth:`Shard.places`.
+        into: contiguous.
+
+    Returns:
+        None, or the first that is damaged, and why: the system's error number, 0 where the file ends before
+        it does, -1 where it is not what was written.
+    """
+    files, offsets, checksums = places
+    return _laps.read_records(files, offsets, checksums, torch.get_num_threads(), into)

@@ -17,7 +17,7 @@ from .. import _check
 from ..errors import LapsError
 from . import manifest
 from .manifest import SHARDS, Manifest
-from .shards import Bytes, ImageEntry, Shard
+from .shards import Bytes, ImageEntry, Shard, read_places
 
 __all__ = ["Snapshot", "open_snapshot"]
 
@@ -52,15 +52,17 @@ class Snapshot:
         for entry in state.shards:
             shard = (known or {}).get(entry.file) or Shard(folder / SHARDS / entry.file, entry)
             self.shards.append(shard)
-        number, row, vectors = [], [], []
+        number, row, vectors, places = [], [], [], []
         for i, (shard, entry) in enumerate(zip(self.shards, state.shards, strict=True)):
             live = np.setdiff1d(np.arange(len(shard)), np.array(entry.deleted, np.int64))
             number.append(np.full(len(live), i))
             row.append(live)
             embeddings = shard.embeddings()
             vectors.append(embeddings if len(live) == len(shard) else embeddings[live])
+            places.append(shard.places(live))
         self.number = np.concatenate([np.empty(0, np.int64), *number])
         self.row = np.concatenate([np.empty(0, np.int64), *row])
+        self._places = np.concatenate([np.empty((3, 0), np.int64), *places], axis=1)
         numbers = np.array([entry.number for entry in state.shards] or [0], np.int64)
         self.keys = (numbers[self.number] << 32) | self.row
         width = self.shards[0].embed_dim if self.shards else 0
@@ -94,8 +96,10 @@ class Snapshot:
         Raises:
             LapsError: naming shard and image: a record is damaged.
         """
-        for out, position in zip(into, positions.tolist(), strict=True):
-            self.shards[int(self.number[position])].read_record(int(self.row[position]), out)
+        found = read_places(self._places[:, positions], into)
+        if found is not None:
+            position = positions[found[0]]
+            raise self.shards[int(self.number[position])].damaged(int(self.row[position]), found[1])
 
     def expect(self, positions: NDArray[np.int64]) -> None:
         """Tell the system that the records of these images are read soon."""
