@@ -33,9 +33,9 @@ import torch
 from laps import LAPS, Index
 from laps.data import CaptionTokenizer, load, make_scenes
 from laps.demo.recipe import PRETRAINING_HEAD, Sizes, train
-from laps.index import CANDIDATES as DEFAULT
 from laps.index import STORAGES, graph, manifest
 from laps.index.records import RecordLayout
+from laps.index.search import default_candidates
 from laps.index.shards import ImageEntry, ShardContent
 from laps.index.writing import commit_pieces, write_piece
 
@@ -77,7 +77,7 @@ def stages(index: Index, queries: Sequence[str]) -> dict[str, dict[str, float]]:
             started = time.perf_counter()
             vector = index.model.encode_captions([query]).embedding[0]
             encoded = time.perf_counter()
-            graph.best(index._snapshot, None, vector, DEFAULT)
+            graph.best(index._snapshot, None, vector, default_candidates(index._snapshot))
             text.append(encoded - started)
             nominate.append(time.perf_counter() - encoded)
     return {"text": summary(text), "candidates": summary(nominate)}

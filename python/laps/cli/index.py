@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _check
-from .._index_options import CANDIDATES, ON_ERROR, STORAGES
+from .._index_options import CANDIDATE_BYTES, CANDIDATES, ON_ERROR, STORAGES
 from ..errors import LapsValueError
 from ._options import add_amp, add_batch_size, add_device, add_num_workers, add_quiet
 from ._ranks import on_ranks
@@ -124,9 +124,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--candidates",
         type=int,
-        default=CANDIDATES,
         metavar="N",
-        help=f"images that the model's head scores (default: {CANDIDATES})",
+        help=f"images that the model's head scores (default: as many as have {CANDIDATE_BYTES >> 20} MiB of "
+        f"features, and at least {CANDIDATES})",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the images")

@@ -3,7 +3,7 @@
 :class:`Index` is the whole of it. Global vectors nominate, the model's head decides; see ``docs/search.md``.
 """
 
-from .._index_options import CANDIDATES, STORAGES
+from .._index_options import CANDIDATE_BYTES, CANDIDATES, STORAGES
 from .checking import Checked
 from .hits import Hit, HitLists, Hits
 from .index import Index
@@ -12,6 +12,7 @@ from .writing import Added
 
 __all__ = [
     "CANDIDATES",
+    "CANDIDATE_BYTES",
     "STORAGES",
     "Added",
     "Checked",

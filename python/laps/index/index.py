@@ -15,7 +15,7 @@ import torch
 from .. import _check
 from .._device import choose_device
 from .._folder_lock import LOCK, locked_folder
-from .._index_options import CANDIDATES, ON_ERROR, STORAGES
+from .._index_options import ON_ERROR, STORAGES
 from .._modes import eval_mode
 from ..distributed import Ranks
 from ..errors import LapsError, LapsTypeError, LapsValueError
@@ -214,7 +214,7 @@ class Index:
 
     @overload
     def search(  # type: ignore[overload-overlap]
-        self, query: str | Path, k: int = ..., *, candidates: int = ..., approximate: bool | None = ...
+        self, query: str | Path, k: int = ..., *, candidates: int | None = ..., approximate: bool | None = ...
     ) -> Hits: ...
     @overload
     def search(
@@ -222,7 +222,7 @@ class Index:
         query: Sequence[str | Path],
         k: int = ...,
         *,
-        candidates: int = ...,
+        candidates: int | None = ...,
         approximate: bool | None = ...,
     ) -> HitLists: ...
     def search(
@@ -230,7 +230,7 @@ class Index:
         query: str | Path | Sequence[str | Path],
         k: int = 10,
         *,
-        candidates: int = CANDIDATES,
+        candidates: int | None = None,
         approximate: bool | None = None,
     ) -> Hits | HitLists:
         """The images that fit a sentence best, or that are most like an image.
@@ -242,8 +242,9 @@ class Index:
         Args:
             query: a string or a Path, or several.
             k: how many hits, at most.
-            candidates: how many images the head scores; at least `k` are. As many as there are images give
-                the ranking of :meth:`laps.LAPS.rank`, up to the rounding of the storage.
+            candidates: how many images the head scores; at least `k` are. None: as many as have 32 MiB of
+                features, and at least 500. As many as there are images give the ranking of
+                :meth:`laps.LAPS.rank`, up to the rounding of the storage.
             approximate: True to nominate by the graph, False by the exact product with all global vectors,
                 None by the graph from `exact_below` images on, if there is one.
 
@@ -258,7 +259,8 @@ class Index:
         """
         operation = "Index.search"
         k = _check.count(operation, "k", k)
-        candidates = _check.count(operation, "candidates", candidates)
+        if candidates is not None:
+            candidates = _check.count(operation, "candidates", candidates)
         if approximate is not None:
             approximate = _check.flag(operation, "approximate", approximate)
         if isinstance(query, (str, Path)):
@@ -271,7 +273,7 @@ class Index:
         return HitLists(self._search(each, k, candidates, approximate) for each in query)
 
     @torch.inference_mode()
-    def _search(self, query: str | Path, k: int, candidates: int, approximate: bool | None) -> Hits:
+    def _search(self, query: str | Path, k: int, candidates: int | None, approximate: bool | None) -> Hits:
         snapshot, model = self._snapshot, self.model
         with eval_mode(model):
             if isinstance(query, Path):

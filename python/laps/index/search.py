@@ -7,13 +7,14 @@ import torch
 from numpy.typing import NDArray
 
 from .. import _check
+from .._index_options import CANDIDATE_BYTES, CANDIDATES
 from ..errors import LapsError
 from ..features import ImageFeatures, TextFeatures
 from ..model import LAPS
 from .graph import Graph, best
 from .snapshot import Snapshot
 
-__all__ = ["Found", "by_embedding", "by_head"]
+__all__ = ["Found", "by_embedding", "by_head", "default_candidates"]
 
 # Records that are held at once: they and what they unpack to stay in the processor's cache, or nearly so.
 RECORDS_ON_CPU, RECORDS_ON_GPU = 4 * 2**20, 256 * 2**20
@@ -29,7 +30,12 @@ def by_embedding(snapshot: Snapshot, graph: Graph | None, query: torch.Tensor, k
 
 
 def by_head(
-    model: LAPS, snapshot: Snapshot, graph: Graph | None, texts: TextFeatures, k: int, candidates: int
+    model: LAPS,
+    snapshot: Snapshot,
+    graph: Graph | None,
+    texts: TextFeatures,
+    k: int,
+    candidates: int | None,
 ) -> Found:
     """The k best of the candidates for one caption, by the head's score; equal ones in the index's order.
 
@@ -39,11 +45,12 @@ def by_head(
         graph: what nominates; None for the exact product.
         texts: of one caption.
         k: how many are wanted.
-        candidates: how many the global vectors nominate.
+        candidates: how many the global vectors nominate; None for :func:`default_candidates`.
 
     Raises:
         LapsError: a damaged record (shard and image are named); a score that is not finite.
     """
+    candidates = default_candidates(snapshot) if candidates is None else candidates
     nominated, products = best(snapshot, graph, texts.embedding[0].float().cpu(), max(k, candidates))
     order = nominated.argsort()
     positions, products = nominated[order], products[order]
@@ -54,6 +61,12 @@ def by_head(
         raise LapsError(_check.message("Index.search", f"the score of {path} is not finite", "a number"))
     ranked = scores.argsort(descending=True, stable=True)[:k].numpy()
     return positions[ranked], scores.numpy()[ranked], products[ranked]
+
+
+def default_candidates(snapshot: Snapshot) -> int:
+    """As many images as `CANDIDATE_BYTES` of features belong to, and at least `CANDIDATES`."""
+    layout = snapshot.manifest.layout
+    return max(CANDIDATES, CANDIDATE_BYTES // layout.nbytes if layout and layout.nbytes else 0)
 
 
 def _scores(
